@@ -1,0 +1,1 @@
+"""The kernels: one module a device, with the same functions on each side."""

@@ -1,0 +1,89 @@
+"""Numba functions that are compiled for literal arguments and cached on disk."""
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+
+import numba
+from numba import types
+
+from fastnewton.kernels import simd
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
+INT = types.int64
+FLOATS = types.Array(types.float64, 1, "C")
+INTS = types.Array(types.int64, 1, "C")
+
+# Numba looks only at the file that holds the function: what it calls from other files must be in the key as well.
+_BUILD = hashlib.sha256(
+    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    + repr((simd.VECTOR_BYTES, simd.REGISTERS)).encode()
+).hexdigest()[:12]
+
+_in_process = threading.Lock()
+
+
+def jit(function: Callable) -> Callable:
+    """numba.njit(nogil=True, cache=True), with a cache folder that can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the installation nor the home folder is writable
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = _private_folder()
+        try:
+            return numba.njit(nogil=True, cache=True)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+
+def specialised(function: Callable, literals: tuple[str | int, ...], arguments: tuple[types.Type, ...]) -> Callable:
+    """The machine code of `function` for literal leading arguments, the build key and typed further arguments.
+
+    It is called with the further arguments only, and checks nothing.
+    """
+    signature = (*(types.literal(value) for value in (*literals, _BUILD)), *arguments)
+    with _in_process, _one_process_at_a_time(function):
+        function.compile(signature)
+    return partial(function.get_overload(signature), *literals, _BUILD)
+
+
+def cache_folder(function: Callable) -> str:
+    """Where the compiled code of `function` is kept."""
+    return str(function.stats.cache_path)
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(function: Callable) -> Iterator[None]:
+    """Of several processes that start at once, one compiles and the others find its code in the cache."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                folder = Path(cache_folder(function))
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(folder / "fastnewton.lock", "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@cache
+def _private_folder() -> str:
+    """A folder in the temporary directory that only this user can write to: compiled code is loaded from it."""
+    user = os.getuid() if hasattr(os, "getuid") else os.getpid()
+    folder = Path(tempfile.gettempdir()) / f"fastnewton-{user}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    safe = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
+    if safe and (not hasattr(os, "getuid") or status.st_uid == user):
+        return str(folder)
+    return tempfile.mkdtemp(prefix="fastnewton-")

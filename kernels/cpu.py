@@ -1,0 +1,672 @@
+"""The two passes over the workers' arrays on the CPU: `gram` and `combine`.
+
+Coordinates are walked in blocks of BLOCK.  `gram` centres a block and multiplies it while it is in the cache; each
+block gives one float64 part, and the parts are added in the tree of `tree.py`.  `combine` walks the blocks in the
+opposite order, since the end of the gradients is then still in the cache.
+
+Vectors are written out by `simd.py`; what is compiled for exactly m rows, one dtype and one precision is cached on
+disk.  Rows are given as tables of addresses, so that strided arrays and separate vectors are the same thing.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from fastnewton.kernels import threads, tree
+from fastnewton.kernels.compile import FLOATS, INT, INTS, jit, specialised
+from fastnewton.kernels.simd import ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
+
+BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so it takes BLOCK/lanes ≤ 256 terms
+STRIP = 256  # coordinates of a block that stay in the first-level cache while the pairs are gone through
+STRAIGHT = 12  # up to this many workers, straight-line code for exactly m rows; above, square tiles of pairs
+TILE = 5 if REGISTERS == 32 else 3  # TILE² sums, TILE rows and a spare fill the registers
+ROW_GAP = 64  # bytes between rows of a centred tile, or they would all fall into one set of the cache
+UNROLLED = 16  # rows beside the first whose combination is one straight line
+GROUP = 8  # rows that are added per round above that
+
+THREADED_BYTES = 1 << 22  # waking a thread takes about as long as reading this much
+THREADED_FLOPS = 1 << 24
+STREAMED_BYTES = 1 << 24  # a larger result bypasses the cache, which would read each line before overwriting it
+PIECES_PER_THREAD = 16  # so that a thread that is held up delays the others little
+
+
+class RawGram(NamedTuple):
+    """Sums over coordinates of products of centred rows, not yet projected by C."""
+
+    matrix: np.ndarray
+    projection: np.ndarray
+    norm2: float
+    mean_norm2: float
+    theta_matrix: np.ndarray | None = None
+    cross_matrix: np.ndarray | None = None
+    theta_mean_norm2: float = 0.0
+
+
+def blocks(n: int) -> int:
+    """Number of blocks that n coordinates are cut into."""
+    return -(-n // BLOCK)
+
+
+# -- gram ---------------------------------------------------------------------------------------------------
+#
+# K = GᵀG (m, m), b = Gᵀz (m,), zᵀz and ‖ḡ‖², where z is ḡ unless given; with thetas also ΘᵀΘ, ΘᵀG and ‖θ̄‖².
+# Bytes: m·n·itemsize, twice that with thetas.  Flops: m(m+1)n + 2mn.
+# Bits: a float32 lane takes at most 256 terms, lanes are added pairwise, and from there on all is float64 in the
+# order of the tree: the same for any number of threads or ranks.
+
+
+def gram(grads, z=None, thetas=None, *, compute: str) -> RawGram:
+    """K, b and the norms over all coordinates; arguments as in `gram_parts`."""
+    parts = gram_parts(grads, z, thetas, compute=compute)
+    return gram_total(parts, grads.m, with_z=z is not None, with_thetas=thetas is not None)
+
+
+def gram_parts(grads, z=None, thetas=None, *, compute: str, first: int = 0, last: int | None = None):
+    """The parts of blocks first … last−1, as the maximal subtrees of that run.
+
+    grads and thetas are Rows of one shape and dtype, z is Rows of one row; compute is "float32" or "float64".
+    """
+    m, n = grads.m, grads.n
+    last = blocks(n) if last is None else last
+    passes = [(_gram_kernel(m if m <= STRAIGHT else 0, grads.dtype, compute, z is not None), grads.table)]
+    if z is not None:
+        passes[0] = (passes[0][0], np.concatenate([grads.table, z.table]))
+    if thetas is not None:
+        passes.append((_pair_kernel(grads.dtype, compute), np.concatenate([thetas.table, grads.table])))
+    sizes = [_gram_size(m, z is not None), _pair_size(m)][: len(passes)]
+    pieces = tree.subtrees(first, last, blocks(n), _piece_level(grads, last - first))
+    values = np.empty((len(pieces), sum(sizes)))
+
+    def piece(index: int) -> None:
+        start, level = pieces[index]
+        stop, at = min(start + (1 << level), last), 0
+        for (kernel, table), size in zip(passes, sizes, strict=True):
+            kernel(m, table, n, grads.itemsize, start, stop, values[index, at : at + size])
+            at += size
+
+    threads.parallel_for(piece, len(pieces))
+    return tree.merged([tree.Part(*where, sums) for where, sums in zip(pieces, values, strict=True)])
+
+
+def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool) -> RawGram:
+    """K, b and the norms, from parts that cover all blocks in order."""
+    size = _gram_size(m, with_z)
+    values = tree.total(parts) if parts else np.zeros(size + with_thetas * _pair_size(m))
+    full = _unpacked(values[:size], m, with_z)
+    last = m + with_z  # the row of z, or of the mean
+    raw = RawGram(full[:m, :m], full[:m, last], float(full[last, last]), float(full[m, m]))
+    if not with_thetas:
+        return raw
+    end = size + _triangle_size(m + 1)
+    theta, cross = _from_triangle(values[size:end], m + 1), _from_square(values[end:], m)
+    return raw._replace(theta_matrix=theta[:m, :m], cross_matrix=cross, theta_mean_norm2=float(theta[m, m]))
+
+
+def _piece_level(grads, count: int) -> int:
+    """log₂ of the blocks in one piece of work: all of them where waking threads would not pay."""
+    small = grads.nbytes < THREADED_BYTES and grads.m**2 * grads.n < THREADED_FLOPS
+    if small or threads.thread_count() == 1:
+        return count.bit_length()
+    return max(0, (count // (PIECES_PER_THREAD * threads.thread_count())).bit_length() - 1)
+
+
+def _tiles(rows: int) -> int:
+    return -(-rows // TILE)
+
+
+@cache
+def _pairs(m: int, with_z: bool) -> list[tuple[int, int]]:
+    """The products that straight-line code forms; row m is the mean, row m + 1 is z."""
+    last = m + with_z
+    within = [(i, j) for i in range(m) for j in range(i, m)]
+    return within + [(i, last) for i in range(m)] + [(m, m)] + ([(last, last)] if with_z else [])
+
+
+def _triangle_size(rows: int) -> int:
+    return TILE * TILE * math.comb(_tiles(rows) + 1, 2)
+
+
+def _gram_size(m: int, with_z: bool) -> int:
+    return len(_pairs(m, with_z)) if m <= STRAIGHT else _triangle_size(m + 1 + with_z)
+
+
+def _pair_size(m: int) -> int:
+    return _triangle_size(m + 1) + TILE * TILE * _tiles(m + 1) ** 2
+
+
+def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
+    """The symmetric matrix of products, rows of the mean and of z last."""
+    if m > STRAIGHT:
+        return _from_triangle(values, m + 1 + with_z)
+    full = np.zeros((m + 1 + with_z, m + 1 + with_z))
+    i, j = _pair_indices(m, with_z)
+    full[i, j] = full[j, i] = values
+    return full
+
+
+@cache
+def _pair_indices(m: int, with_z: bool) -> tuple[np.ndarray, np.ndarray]:
+    i, j = np.transpose(_pairs(m, with_z))
+    return i, j
+
+
+def _from_triangle(values: np.ndarray, rows: int) -> np.ndarray:
+    """The symmetric (rows, rows) matrix from its tiles on and above the diagonal, row after row of tiles."""
+    side = _tiles(rows)
+    full = np.empty((side, TILE, side, TILE))
+    i, j = np.triu_indices(side)
+    tiles = values.reshape(-1, TILE, TILE)
+    full[j, :, i, :] = tiles.transpose(0, 2, 1)
+    full[i, :, j, :] = tiles
+    return full.reshape(side * TILE, side * TILE)[:rows, :rows]
+
+
+def _from_square(values: np.ndarray, rows: int) -> np.ndarray:
+    """The (rows, rows) matrix from all tiles of one that has a row more, row after row of tiles."""
+    side = _tiles(rows + 1)
+    tiles = values.reshape(side, side, TILE, TILE)
+    return tiles.transpose(0, 2, 1, 3).reshape(side * TILE, side * TILE)[:rows, :rows]
+
+
+@cache
+def _gram_kernel(m: int, storage: str, compute: str, with_z: bool):
+    """Compiled for exactly m rows; m = 0 stands for any number of them."""
+    kind = "straight" if m else "tiled"
+    count = types.literal(m) if m else INT
+    return specialised(_gram_run, (kind, storage, compute, int(with_z)), (count, *_GRAM_ARGUMENTS))
+
+
+@cache
+def _pair_kernel(storage: str, compute: str):
+    return specialised(_gram_run, ("pair", storage, compute, 0), (INT, *_GRAM_ARGUMENTS))
+
+
+_GRAM_ARGUMENTS = (INTS, INT, INT, INT, INT, FLOATS)
+
+
+@jit
+def _gram_run(kind, storage, compute, with_z, build, m, table, n, itemsize, first, last, total):
+    """Add the parts of blocks first … last−1 in a binary counter, whose digits are complete subtrees."""
+    work = np.zeros(_work_bytes(compute, table.size + m), np.uint8)
+    scratch = (_address(work) + 63) & ~63
+    stack = np.empty((_digits(last - first) + 1, total.size))
+    padded = np.empty(0, np.uint8)
+    height = 0
+    for block in range(first, last):
+        here, offset, length = table, block * BLOCK, n - block * BLOCK
+        if length < BLOCK:
+            strips = (length + STRIP - 1) // STRIP
+            here, padded = np.empty_like(table), np.zeros(table.size * strips * STRIP * itemsize, np.uint8)
+            _copy_rows(table, here, offset * itemsize, length * itemsize, strips * STRIP * itemsize, padded)
+            offset, length = 0, strips * STRIP
+        strips = min(length, BLOCK) // STRIP
+        sums = _address(stack[height])
+        _gram_block(kind, m, storage, compute, with_z, _address(here), offset, strips, scratch, sums)
+        _keep(padded)
+        height += 1
+        digit = block - first
+        while digit & 1:
+            height -= 1
+            _add_to(stack[height - 1], stack[height])
+            digit >>= 1
+    while height > 1:
+        height -= 1
+        _add_to(stack[height - 1], stack[height])
+    total[:] = stack[0]
+    _keep(work)
+
+
+@jit
+def _address(array):
+    return np.int64(array.ctypes.data)
+
+
+@jit
+def _keep(array):
+    """Numba frees an array after its last use, and the use of its address does not count."""
+
+
+@jit
+def _digits(number):
+    digits = 1
+    while number > 1:
+        number >>= 1
+        digits += 1
+    return digits
+
+
+@jit
+def _add_to(left, right):
+    for k in range(left.size):
+        left[k] += right[k]
+
+
+@jit
+def _copy_rows(source, target, offset, length, stride, buffer):
+    """Copy `length` bytes at `offset` of every row into zeroed memory, rows `stride` apart."""
+    for k in range(source.size):
+        target[k] = _address(buffer) + k * stride
+        _copy(target[k], source[k] + offset, length)
+
+
+@intrinsic
+def _copy(typingctx, target, source, length):
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        target, source = (builder.inttoptr(address, byte) for address in args[:2])
+        cgutils.raw_memcpy(builder, target, source, args[2], 1)
+
+    return types.void(INT, INT, INT), codegen
+
+
+def _work_bytes(compute, rows):
+    """Scratch of one block; only ever called from compiled code."""
+
+
+@overload(_work_bytes, prefer_literal=True)
+def _work_bytes_compiled(compute, rows):
+    row = _row_bytes(compute.literal_value)
+    straight = (STRAIGHT + 2) * STRIP * 8 + (len(_pairs(STRAIGHT, True)) + 1) * VECTOR_BYTES
+    return lambda compute, rows: 64 + straight + (rows + 2 * TILE) * row
+
+
+def _row_bytes(compute: str) -> int:
+    return BLOCK * ITEMSIZE[compute] + ROW_GAP
+
+
+def _gram_block(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+    """The products of one block, written to `sums`; only ever called from compiled code."""
+
+
+@overload(_gram_block, prefer_literal=True)
+def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+    if kind.literal_value == "straight":
+
+        def block(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+            _straight_block(m, storage, compute, with_z, table, offset, strips, scratch, sums)
+
+        return block
+
+    row, size, width = _row_bytes(compute.literal_value), ITEMSIZE[storage.literal_value], lanes(compute.literal_value)
+    extra = 1 + with_z.literal_value
+
+    def tiled(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+        steps = strips * (STRIP // width)
+        _centre(storage, compute, m, table, offset, steps, scratch, extra - 1)
+        side, done = (m + extra + TILE - 1) // TILE, 0
+        for i in range(side):
+            for j in range(i, side):
+                left, right = scratch + i * TILE * row, scratch + j * TILE * row
+                ahead = _row_address(table, min(done, m - 1)) + (offset + BLOCK) * size
+                _tile(storage, compute, left, right, steps, ahead, sums + done * TILE * TILE * 8)
+                done += 1
+
+    def pair(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+        steps = strips * (STRIP // width)
+        side = (m + TILE) // TILE
+        thetas, grads = scratch, scratch + side * TILE * row
+        _centre(storage, compute, m, table, offset, steps, thetas, 0)
+        _centre(storage, compute, m, table + 8 * m, offset, steps, grads, 0)
+        for i in range(side):
+            for j in range(i, side):
+                left, right = thetas + i * TILE * row, thetas + j * TILE * row
+                _tile(storage, compute, left, right, steps, left, sums)
+                sums += TILE * TILE * 8
+        for i in range(side):
+            for j in range(side):
+                left, right = thetas + i * TILE * row, grads + j * TILE * row
+                _tile(storage, compute, left, right, steps, left, sums)
+                sums += TILE * TILE * 8
+
+    return tiled if kind.literal_value == "tiled" else pair
+
+
+@intrinsic(prefer_literal=True)
+def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+    """All pairs of exactly m rows: values, mean and as many sums as fit stay in registers.
+
+    What does not fit is summed in further rounds over the strip, from a centred copy in the first-level cache.
+    """
+    rows, with_z_ = m.literal_value, with_z.literal_value
+    pairs = _pairs(rows, with_z_)
+    registers = rows + 1 + with_z_
+    rounds = _rounds(pairs, registers)
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        table, offset, strips, scratch, sums = args[4:]
+        strip_steps = STRIP // v.lanes
+        starts = v.pointers(table, 0, rows + with_z_, offset)
+        slots = v.at(scratch, registers * STRIP * ITEMSIZE[v.compute])
+        slot = {pair: v.at(slots, k * VECTOR_BYTES) for k, pair in enumerate(pairs)}
+        for pair in pairs:
+            v.store_work(v.constant(0.0), slot[pair])
+
+        def centred(step_bytes, here):
+            values = [v.load(v.at(start, step_bytes)) for start in here]
+            mean = v.mul(v.pairwise(values[:rows]), v.constant(1 / rows))
+            return [v.sub(value, mean) for value in values[:rows]] + [mean] + values[rows:]
+
+        with v.loop(strips) as strip:
+            here = [v.at(start, strip.index, STRIP * ITEMSIZE[v.storage]) for start in starts]
+            for number, members in enumerate(rounds):
+                running = {pair: v.variable() for pair in members}
+                for pair in members:
+                    builder.store(v.load_work(slot[pair]), running[pair])
+                with v.loop(strip_steps) as step:
+                    step_bytes = builder.mul(step.index, ir.Constant(step.index.type, v.stride))
+                    copies = v.at(scratch, step.index, registers * VECTOR_BYTES)
+                    if number == 0:
+                        x = dict(enumerate(centred(step_bytes, here)))
+                        for k in x if len(rounds) > 1 else ():
+                            v.store_work(x[k], v.at(copies, k * VECTOR_BYTES))
+                    else:
+                        used = sorted({k for pair in members for k in pair})
+                        x = {k: v.load_work(v.at(copies, k * VECTOR_BYTES)) for k in used}
+                    for start in here[number :: len(rounds)]:
+                        v.prefetch(v.at(v.at(start, step_bytes), BLOCK * ITEMSIZE[v.storage]))
+                    for i, j in members:
+                        sum_ = running[i, j]
+                        builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
+                for pair in members:
+                    v.store_work(builder.load(running[pair]), slot[pair])
+        found = v.lane_sums([v.load_work(slot[pair]) for pair in pairs])
+        for k, value in enumerate(found):
+            v.store_double(value, v.at(sums, 8 * k))
+
+    return types.void(m, storage, compute, with_z, table, offset, strips, scratch, sums), codegen
+
+
+def _rounds(pairs: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
+    """The pairs shared out over rounds whose sums fit the registers: the first beside all rows and a spare."""
+    spare = 1
+    if len(pairs) + rows + spare <= REGISTERS + 2:
+        return [pairs]
+    waiting = sorted(pairs, key=lambda pair: (pair[0] // TILE, pair[1] // TILE, pair))
+    first = max(0, REGISTERS + 1 - rows - spare)
+    rounds, waiting, members = [waiting[:first]], waiting[first:], []
+    for pair in waiting:
+        used = {k for other in (*members, pair) for k in other}
+        if members and len(members) + 1 + len(used) > REGISTERS + 1:
+            rounds.append(members)
+            members = []
+        members.append(pair)
+    return [*rounds, members]
+
+
+def _centre(storage, compute, m, table, offset, steps, scratch, with_z):
+    """Centred rows, their mean and z, as `compute` values in scratch; only ever called from compiled code."""
+
+
+@overload(_centre, prefer_literal=True)
+def _centre_compiled(storage, compute, m, table, offset, steps, scratch, with_z):
+    row = _row_bytes(compute.literal_value)
+
+    def centre(storage, compute, m, table, offset, steps, scratch, with_z):
+        mean = scratch + m * row
+        _gather(1, 1, storage, compute, table, 0, offset, steps, scratch, mean)
+        k = 1
+        while k + 4 <= m:
+            _gather(4, 0, storage, compute, table, k, offset, steps, scratch + k * row, mean)
+            k += 4
+        while k < m:
+            _gather(1, 0, storage, compute, table, k, offset, steps, scratch + k * row, mean)
+            k += 1
+        if with_z:
+            z = mean + row
+            _gather(1, 1, storage, compute, table, m, offset, steps, z, z)
+        _subtract_mean(compute, m, steps, scratch, mean)
+
+    return centre
+
+
+@intrinsic(prefer_literal=True)
+def _gather(typingctx, count, fresh, storage, compute, table, first, offset, steps, target, mean):
+    """Copy `count` rows to scratch and add them to `mean`, or begin it with them."""
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        table, first, offset, steps, target, mean = args[4:]
+        starts = v.pointers(table, first, count.literal_value, offset)
+        with v.loop(steps) as step:
+            values = [v.load(v.at(start, step.index, v.stride)) for start in starts]
+            for k, value in enumerate(values):
+                v.store_work(value, v.at(v.at(target, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES))
+            here = v.at(mean, step.index, VECTOR_BYTES)
+            sum_ = v.pairwise(values)
+            v.store_work(sum_ if fresh.literal_value else v.add(v.load_work(here), sum_), here)
+
+    return types.void(count, fresh, storage, compute, table, first, offset, steps, target, mean), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _subtract_mean(typingctx, compute, m, steps, scratch, mean):
+    """Divide the sum at `mean` by m and take it from the m rows at `scratch`."""
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, compute.literal_value, compute.literal_value)
+        _, m, steps, scratch, mean = args
+        inverse = v.reciprocal(m)
+        with v.loop(steps) as step:
+            here = v.at(mean, step.index, VECTOR_BYTES)
+            v.store_work(v.mul(v.load_work(here), inverse), here)
+        with v.loop(m) as k:
+            row = v.at(scratch, k.index, _row_bytes(v.compute))
+            with v.loop(steps) as step:
+                here = v.at(row, step.index, VECTOR_BYTES)
+                v.store_work(v.sub(v.load_work(here), v.load_work(v.at(mean, step.index, VECTOR_BYTES))), here)
+
+    return types.void(compute, m, steps, scratch, mean), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _tile(typingctx, storage, compute, left, right, steps, ahead, sums):
+    """The TILE² products of two groups of centred rows, while the next block of a row is on its way."""
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        left, right, steps, ahead, sums = args[2:]
+        row = _row_bytes(v.compute)
+        running = [[v.variable() for _ in range(TILE)] for _ in range(TILE)]
+        for sum_ in (sum_ for line in running for sum_ in line):
+            builder.store(v.constant(0.0), sum_)
+        with v.loop(steps) as step:
+            here = [v.at(side, step.index, VECTOR_BYTES) for side in (left, right)]
+            x, y = ([v.load_work(v.at(address, k * row)) for k in range(TILE)] for address in here)
+            v.prefetch(v.at(ahead, step.index, v.stride))
+            for i in range(TILE):
+                for j in range(TILE):
+                    builder.store(v.fma(x[i], y[j], builder.load(running[i][j])), running[i][j])
+        found = v.lane_sums([builder.load(sum_) for line in running for sum_ in line])
+        for k, value in enumerate(found):
+            v.store_double(value, v.at(sums, 8 * k))
+
+    return types.void(storage, compute, left, right, steps, ahead, sums), codegen
+
+
+@intrinsic
+def _row_address(typingctx, table, k):
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, "float64", "float64")
+        return v.pointers(args[0], args[1], 1, ir.Constant(ir.IntType(64), 0))[0]
+
+    return types.int64(table, k), codegen
+
+
+# -- combine ------------------------------------------------------------------------------------------------
+#
+# θ_new = θ̄ − τΘc − β(ḡ − Gc), or z + (Θ − G)c with z given.  c (m,) sums to zero, so Θc = Σ c_k(θ_k − θ_0): with
+# row 0 as the origin one reading is enough, and rounding is relative to the spread of the workers, not to θ:
+#     θ_new = θ_0 − βg_0 + Σ_k p_k(θ_k − θ_0) + q_k(g_k − g_0),   p_k = 1/m − τc_k,   q_k = −β(1/m − c_k)
+# Bytes: (2m + 1)·n·itemsize.  Flops: 8mn of the 6mn that the formula needs.  Each coordinate is on its own, so the
+# bits depend on nothing else.
+
+
+def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out, compute: str) -> bool:
+    """Write the combination to `out` (Rows of one row); False if any value written is not finite."""
+    m, n = thetas.m, thetas.n
+    c = coefficients - coefficients.mean()
+    tables = [thetas.table, grads.table]
+    if z is None:
+        weights = np.concatenate([1 / m - tau * c, -beta * (1 / m - c), [-beta]])
+    else:
+        weights = np.concatenate([c, -c, [0.0]])
+        tables.append(z.table)
+    table = np.concatenate(tables)
+    others = m - 1 if m - 1 <= UNROLLED else -1
+    kernel = _combine_kernel(others, thetas.dtype, compute, "mean" if z is None else "z")
+    address = int(out.table[0])
+    streamed = n * thetas.itemsize >= STREAMED_BYTES and address % 64 == 0
+    count = blocks(n)
+    finite = np.ones(_combine_pieces(thetas, count), bool)
+
+    def piece(index: int) -> None:
+        last = count - index * count // finite.size
+        first = count - (index + 1) * count // finite.size
+        finite[index] = kernel(others, m, table, weights, address, n, thetas.itemsize, first, last, streamed)
+
+    threads.parallel_for(piece, finite.size)
+    return bool(finite.all())
+
+
+def _combine_pieces(thetas, count: int) -> int:
+    if 2 * thetas.nbytes < THREADED_BYTES or threads.thread_count() == 1:
+        return 1
+    return min(count, PIECES_PER_THREAD * threads.thread_count())
+
+
+@cache
+def _combine_kernel(others: int, storage: str, compute: str, base: str):
+    """Compiled for exactly `others` rows beside the first; −1 stands for any number of them."""
+    count = types.literal(others) if others >= 0 else INT
+    return specialised(
+        _combine_run, (storage, compute, base), (count, INT, INTS, FLOATS, INT, INT, INT, INT, INT, INT)
+    )
+
+
+@jit
+def _combine_run(storage, compute, base, build, others, m, table, weights, out, n, itemsize, first, last, streamed):
+    work = np.empty(BLOCK * 8 + 64, np.uint8)
+    scratch = (_address(work) + 63) & ~63
+    finite = 1
+    factors = _address(weights)
+    for block in range(last - 1, first - 1, -1):
+        offset, length = block * BLOCK, n - block * BLOCK
+        target = out + offset * itemsize
+        if length < BLOCK:
+            stride = (length * itemsize + 63) & ~63
+            here, padded = np.empty_like(table), np.zeros((table.size + 1) * stride, np.uint8)
+            _copy_rows(table, here, offset * itemsize, length * itemsize, stride, padded)
+            rounded = _address(padded) + table.size * stride
+            finite &= _combine_block(
+                others, storage, compute, base, "out", m, _address(here), factors, 0, length, rounded, scratch
+            )
+            _copy(target, rounded, length * itemsize)
+            _keep(padded)
+        elif streamed:
+            finite &= _combine_block(
+                others, storage, compute, base, "stream", m, _address(table), factors, offset, BLOCK, target, scratch
+            )
+        else:
+            finite &= _combine_block(
+                others, storage, compute, base, "out", m, _address(table), factors, offset, BLOCK, target, scratch
+            )
+    _keep(work)
+    return finite
+
+
+def _combine_block(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
+    """One block of the combination; only ever called from compiled code."""
+
+
+@overload(_combine_block, prefer_literal=True)
+def _combine_block_compiled(
+    others, storage, compute, base, target, m, table, weights, offset, length, out, scratch
+):
+    width = lanes(compute.literal_value)
+
+    def straight(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
+        steps = (length + width - 1) // width
+        return _combine_rows(others, storage, compute, base, target, m, table, weights, 1, offset, steps, out)
+
+    def grouped(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
+        steps = (length + width - 1) // width
+        _combine_rows(GROUP, storage, compute, base, "work", m, table, weights, 1, offset, steps, scratch)
+        k = 1 + GROUP
+        while k + GROUP <= m:
+            _combine_rows(GROUP, storage, compute, "work", "work", m, table, weights, k, offset, steps, scratch)
+            k += GROUP
+        while k < m:
+            _combine_rows(1, storage, compute, "work", "work", m, table, weights, k, offset, steps, scratch)
+            k += 1
+        return _store_rounded(storage, compute, target, scratch, steps, out)
+
+    return straight if isinstance(others, types.IntegerLiteral) else grouped
+
+
+@intrinsic(prefer_literal=True)
+def _combine_rows(typingctx, count, storage, compute, source, target, m, table, weights, first, offset, steps, out):
+    """source + Σ p_k(θ_k − θ_0) + q_k(g_k − g_0) over `count` rows; 1 if all that was stored is finite, else 0.
+
+    The table holds the addresses of thetas, grads and z; the weights are p, q and that of g_0 in the base.  Where
+    source or target is "work", `out` is aligned scratch.
+    """
+    rows, source_, target_ = count.literal_value, source.literal_value, target.literal_value
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        m, table, weights, first, offset, steps, out = args[5:]
+        grads, factors = v.at(table, m, 8), v.at(weights, m, 8)
+        origin = v.pointers(table, 0, 1, offset) + v.pointers(grads, 0, 1, offset)
+        starts = v.pointers(table, first, rows, offset) + v.pointers(grads, first, rows, offset)
+        firsts = [v.at(side, first, 8) for side in (weights, factors)]
+        scales = [v.broadcast(v.at(side, 8 * k)) for side in firsts for k in range(rows)]
+        step_to = v.pointers(v.at(grads, m, 8), 0, 1, offset)[0] if source_ == "z" else None
+        minus_beta = v.broadcast(v.at(factors, m, 8)) if source_ == "mean" else None
+        checked = v.variable()
+        builder.store(v.constant(0.0), checked)
+        with v.loop(steps) as step:
+            at_step = builder.mul(step.index, ir.Constant(step.index.type, v.stride))
+            theta_0, grad_0 = (v.load(v.at(start, at_step)) for start in origin)
+            if source_ == "mean":
+                value = v.fma(minus_beta, grad_0, theta_0)
+            elif source_ == "z":
+                value = v.load(v.at(step_to, at_step))
+            else:
+                value = v.load_work(v.at(out, step.index, VECTOR_BYTES))
+            terms = [v.load(v.at(start, at_step)) for start in starts]
+            for k, (term, scale) in enumerate(zip(terms, scales, strict=True)):
+                value = v.fma(scale, v.sub(term, theta_0 if k < rows else grad_0), value)
+            if target_ == "work":
+                v.store_work(value, v.at(out, step.index, VECTOR_BYTES))
+            else:
+                stored = v.store(value, v.at(out, at_step), nontemporal=target_ == "stream")
+                builder.store(v.fma(stored, v.constant(0.0), builder.load(checked)), checked)
+        return v.all_zero(builder.load(checked))
+
+    return INT(count, storage, compute, source, target, m, table, weights, first, offset, steps, out), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _store_rounded(typingctx, storage, compute, target, work, steps, out):
+    """Round scratch to `storage` in `out`; 1 if all that was stored is finite, else 0."""
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        work, steps, out = args[3:]
+        checked = v.variable()
+        builder.store(v.constant(0.0), checked)
+        with v.loop(steps) as step:
+            value = v.load_work(v.at(work, step.index, VECTOR_BYTES))
+            there = v.at(out, step.index, v.stride)
+            stored = v.store(value, there, nontemporal=target.literal_value == "stream")
+            builder.store(v.fma(stored, v.constant(0.0), builder.load(checked)), checked)
+        return v.all_zero(builder.load(checked))
+
+    return INT(storage, compute, target, work, steps, out), codegen

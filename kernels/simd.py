@@ -1,0 +1,223 @@
+"""Whole vector registers for Numba kernels, written as LLVM IR.
+
+Numba leaves vectorisation to the compiler, which is slow to compile on long straight-line code, picks its own
+register width, and decides how often a float32 sum is rounded before it reaches float64.  Here a kernel says all
+three: a `Vectors` object emits loads, arithmetic and reductions on vectors of VECTOR_BYTES inside an
+`numba.extending.intrinsic`.  Addresses are plain 64-bit integers throughout.
+"""
+
+import platform
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import cgutils
+
+I32, I64 = ir.IntType(32), ir.IntType(64)
+_FLOAT = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
+_STORED = {**_FLOAT, "float16": ir.HalfType(), "bfloat16": ir.IntType(16)}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def _machine() -> tuple[int, int]:
+    """Bytes in a vector register, and how many of them there are."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 64, 32
+    if features.get("avx2"):
+        return 32, 16
+    return 16, 32 if platform.machine().lower() in ("arm64", "aarch64") else 16
+
+
+VECTOR_BYTES, REGISTERS = _machine()
+CACHE_LINE = 64
+
+
+def lanes(compute: str) -> int:
+    """Values of the type `compute` in one vector."""
+    return VECTOR_BYTES // ITEMSIZE[compute]
+
+
+class Vectors:
+    """Emits IR for vectors of `compute` values that are kept in memory as `storage` values."""
+
+    def __init__(self, builder, storage: str, compute: str):
+        self.builder, self.storage, self.compute = builder, storage, compute
+        self.lanes = lanes(compute)
+        self.scalar = _FLOAT[compute]
+        self.type = ir.VectorType(self.scalar, self.lanes)
+        self.stride = self.lanes * ITEMSIZE[storage]  # bytes of one vector in memory
+
+    # -- integers and loops ---------------------------------------------------------------------------------
+
+    def at(self, address, offset, scale: int = 1):
+        """address + offset·scale, where offset is a Python int or an IR value."""
+        if isinstance(offset, int):
+            return self.builder.add(address, I64(offset * scale))
+        return self.builder.add(address, self.builder.mul(offset, I64(scale)))
+
+    def pointers(self, table, first, count: int, offset):
+        """Addresses of element `offset` in the rows first … first+count−1 of a table of row addresses."""
+        entry = self.at(table, first, 8)
+        size = ITEMSIZE[self.storage]
+        return [
+            self.at(self.builder.load(self._pointer(self.at(entry, 8 * k), I64)), offset, size) for k in range(count)
+        ]
+
+    def loop(self, count):
+        """A counted loop; use as `with v.loop(count) as step:` where step.index is the counter."""
+        return cgutils.for_range(self.builder, I64(count) if isinstance(count, int) else count)
+
+    def variable(self):
+        """A register that lives across a loop's iterations."""
+        return cgutils.alloca_once(self.builder, self.type)
+
+    def _pointer(self, address, pointee):
+        return self.builder.inttoptr(address, pointee.as_pointer())
+
+    # -- memory ---------------------------------------------------------------------------------------------
+
+    def load(self, address):
+        """One vector from caller's memory, converted from storage to compute."""
+        stored = ir.VectorType(_STORED[self.storage], self.lanes)
+        raw = self.builder.load(self._pointer(address, stored), align=ITEMSIZE[self.storage])
+        return self._widened(raw)
+
+    def store(self, value, address, nontemporal: bool = False):
+        """One vector to caller's memory, rounded to storage; returns what a reader will see."""
+        raw = self._narrowed(value)
+        align = self.stride if nontemporal else ITEMSIZE[self.storage]
+        instruction = self.builder.store(raw, self._pointer(address, raw.type), align=align)
+        if nontemporal:
+            instruction.set_metadata("nontemporal", self.builder.module.add_metadata([I32(1)]))
+        return self._widened(raw)
+
+    def load_work(self, address):
+        """One vector of compute values from aligned scratch memory."""
+        return self.builder.load(self._pointer(address, self.type), align=VECTOR_BYTES)
+
+    def store_work(self, value, address):
+        """One vector of compute values to aligned scratch memory."""
+        self.builder.store(value, self._pointer(address, self.type), align=VECTOR_BYTES)
+
+    def prefetch(self, address):
+        """Bring a cache line into the second-level cache: the first is too small for a whole block of rows."""
+        byte = ir.IntType(8).as_pointer()
+        function = self._declared("llvm.prefetch.p0", ir.VoidType(), [byte, I32, I32, I32])
+        self.builder.call(function, [self.builder.inttoptr(address, byte), I32(0), I32(2), I32(1)])
+
+    def _widened(self, raw):
+        if self.storage == self.compute:
+            return raw
+        if self.storage == "bfloat16":
+            bits = self.builder.zext(raw, self._ints())
+            raw = self.builder.bitcast(self.builder.shl(bits, self._ints(16)), self._singles())
+        return raw if raw.type == self.type else self.builder.fpext(raw, self.type)
+
+    def _narrowed(self, value):
+        b = self.builder
+        if self.storage == self.compute:
+            return value
+        if self.storage != "bfloat16":
+            return b.fptrunc(value, ir.VectorType(_STORED[self.storage], self.lanes))
+        if self.compute == "float64":
+            value = b.fptrunc(value, self._singles())
+        bits = b.bitcast(value, self._ints())
+        odd = b.and_(b.lshr(bits, self._ints(16)), self._ints(1))
+        rounded = b.add(bits, b.add(odd, self._ints(0x7FFF)))  # to nearest, ties to even
+        quiet = b.or_(bits, self._ints(0x400000))  # rounding must not carry a NaN into infinity
+        bits = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
+        return b.trunc(b.lshr(bits, self._ints(16)), ir.VectorType(ir.IntType(16), self.lanes))
+
+    def _singles(self):
+        return ir.VectorType(ir.FloatType(), self.lanes)
+
+    def _ints(self, value: int | None = None):
+        kind = ir.VectorType(I32, self.lanes)
+        return kind if value is None else ir.Constant(kind, [value] * self.lanes)
+
+    # -- arithmetic -----------------------------------------------------------------------------------------
+
+    def constant(self, value: float):
+        return ir.Constant(self.type, [value] * self.lanes)
+
+    def broadcast(self, address):
+        """The float64 at `address`, rounded to compute, in every lane."""
+        scalar = self.builder.load(self._pointer(address, ir.DoubleType()))
+        return self._splat(scalar if self.compute == "float64" else self.builder.fptrunc(scalar, self.scalar))
+
+    def reciprocal(self, number):
+        """1/number in every lane, for an IR integer."""
+        one = ir.Constant(self.scalar, 1.0)
+        return self._splat(self.builder.fdiv(one, self.builder.sitofp(number, self.scalar)))
+
+    def _splat(self, scalar):
+        empty = ir.Constant(self.type, ir.Undefined)
+        first = self.builder.insert_element(empty, scalar, I32(0))
+        zeros = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(first, empty, zeros)
+
+    def add(self, x, y):
+        return self.builder.fadd(x, y)
+
+    def sub(self, x, y):
+        return self.builder.fsub(x, y)
+
+    def mul(self, x, y):
+        return self.builder.fmul(x, y)
+
+    def fma(self, x, y, z):
+        """x·y + z, fused where the machine can."""
+        suffix = f"v{self.lanes}f{8 * ITEMSIZE[self.compute]}"
+        return self.builder.call(self._declared(f"llvm.fmuladd.{suffix}", self.type, [self.type] * 3), [x, y, z])
+
+    def pairwise(self, values):
+        """The sum of the values, added in a balanced tree."""
+        values = list(values)
+        while len(values) > 1:
+            pairs = [self.add(x, y) for x, y in zip(values[::2], values[1::2], strict=False)]
+            values = pairs + values[len(values) & ~1 :]
+        return values[0]
+
+    def lane_sums(self, values):
+        """The sum over lanes of each of the vectors, as IR doubles: transposed while adding, lanes at a time."""
+        doubles = []
+        for start in range(0, len(values), self.lanes):
+            batch = values[start : start + self.lanes]
+            order, total = self._transposed_sum(batch + [self.constant(0.0)] * (self.lanes - len(batch)))
+            for k in range(len(batch)):
+                lane = self.builder.extract_element(total, I32(order.index(k)))
+                doubles.append(lane if self.compute == "float64" else self.builder.fpext(lane, ir.DoubleType()))
+        return doubles
+
+    def _transposed_sum(self, vectors):
+        """One vector that holds every input's lane sum, and which input each lane belongs to."""
+        owners = [[k] * self.lanes for k in range(len(vectors))]
+        segment = self.lanes
+        while len(vectors) > 1:
+            half = segment // 2
+            low = [s + k for s in range(0, self.lanes, segment) for k in range(half)]
+            low = low + [k + self.lanes for k in low]
+            high = [k + half for k in low]
+            vectors = [
+                self.add(self._shuffled(x, y, low), self._shuffled(x, y, high))
+                for x, y in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+            owners = [[(x + y)[k] for k in low] for x, y in zip(owners[::2], owners[1::2], strict=True)]
+            segment = half
+        return owners[0], vectors[0]
+
+    def _shuffled(self, x, y, picks):
+        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(picks)), picks))
+
+    def store_double(self, value, address):
+        self.builder.store(value, self._pointer(address, ir.DoubleType()))
+
+    def all_zero(self, value):
+        """An IR int64: 1 if every lane is zero, 0 if any is something else or NaN."""
+        ordered = self.builder.fcmp_ordered("==", value, self.constant(0.0))
+        mask = self.builder.bitcast(ordered, ir.IntType(self.lanes))
+        full = ir.Constant(ir.IntType(self.lanes), (1 << self.lanes) - 1)
+        return self.builder.zext(self.builder.icmp_unsigned("==", mask, full), I64)
+
+    def _declared(self, name, result, arguments):
+        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)

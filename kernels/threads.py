@@ -1,0 +1,82 @@
+"""A few threads that share out independent pieces of work.
+
+The kernels release the GIL, so Python's own threads are enough: no OpenMP library, no threading layer to choose,
+safe under concurrent callers, and forked children start with a fresh pool.
+"""
+
+import contextlib
+import contextvars
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("fastnewton_thread_limit", default=None)
+_pool: ThreadPoolExecutor | None = None
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def chosen_threads() -> int | None:
+    """The user's thread count, from FASTNEWTON_NUM_THREADS or NUMBA_NUM_THREADS; None if neither is set."""
+    for name in ("FASTNEWTON_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        text = os.environ.get(name, "")
+        if text.isdigit() and int(text) > 0:
+            return int(text)
+    return None
+
+
+def thread_count() -> int:
+    """Threads that a kernel may use now."""
+    return _limit.get() or chosen_threads() or available_cores()
+
+
+@contextlib.contextmanager
+def set_thread_limit(threads: int) -> Iterator[None]:
+    """Let kernels called inside the block use this many threads."""
+    token = _limit.set(threads)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def parallel_for(task: Callable[[int], None], count: int) -> None:
+    """Call task(0) … task(count−1), shared out over thread_count() threads, the calling one among them."""
+    if count == 1:
+        return task(0)
+    indices = itertools.count()  # next() on it is atomic
+
+    def work() -> None:
+        while (index := next(indices)) < count:
+            task(index)
+
+    helpers = [_executor().submit(work) for _ in range(min(thread_count(), count) - 1)]
+    try:
+        work()
+    finally:
+        # A helper that has not started by now would find nothing to do.
+        started = [helper for helper in helpers if not helper.cancel()]
+        for helper in started:
+            helper.result()
+
+
+def _executor() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max(available_cores(), chosen_threads() or 1), "fastnewton")
+    return _pool
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
