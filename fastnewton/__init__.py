@@ -1,0 +1,20 @@
+"""The distributed quasi-Newton step of Arnold & Wang (2017), arXiv 1709.05069, at the speed of memory."""
+
+from fastnewton.config import show_config
+from fastnewton.eigen import Gram, Spectrum
+from fastnewton.method import NonFiniteError, StepInfo, apply_inverse, combine, gram, spectrum, step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Gram",
+    "NonFiniteError",
+    "Spectrum",
+    "StepInfo",
+    "apply_inverse",
+    "combine",
+    "gram",
+    "show_config",
+    "spectrum",
+    "step",
+]

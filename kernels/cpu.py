@@ -91,7 +91,8 @@ def gram_parts(grads, z=None, thetas=None, *, compute: str, first: int = 0, last
             at += size
 
     threads.parallel_for(piece, len(pieces))
-    return tree.merged([tree.Part(*where, sums) for where, sums in zip(pieces, values, strict=True)])
+    parts = [tree.Part(*where, sums) for where, sums in zip(pieces, values, strict=True)]
+    return tree.merged(parts, first, last, blocks(n))
 
 
 def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool) -> RawGram:
@@ -670,3 +671,8 @@ def _store_rounded(typingctx, storage, compute, target, work, steps, out):
         return v.all_zero(builder.load(checked))
 
     return INT(storage, compute, target, work, steps, out), codegen
+
+
+def cache_folder() -> str:
+    """Where compiled kernels are kept."""
+    return str(_gram_run.stats.cache_path)

@@ -19,38 +19,40 @@ class Part(NamedTuple):
     values: np.ndarray
 
 
-def subtrees(first: int, last: int, blocks: int, largest: int) -> list[tuple[int, int]]:
-    """(start, level) of complete subtrees of at most 2**largest blocks that cover first … last−1, in order.
+def subtrees(first: int, last: int, blocks: int, largest: int = 62) -> list[tuple[int, int]]:
+    """(start, level) of the maximal subtrees of at most 2**largest blocks that cover first … last−1, in order.
 
-    The tree's right edge, where last == blocks, may end inside a subtree.
+    At the right edge of the tree, where last == blocks, a subtree may reach beyond the last block.
     """
     found = []
     while first < last:
-        level = largest
-        while first % (1 << level) or (first + (1 << level) > last and last != blocks):
+        level = min(largest, (first & -first).bit_length() - 1 if first else largest)
+        while first + (1 << level) > last and last != blocks:
             level -= 1
         found.append((first, level))
         first += 1 << level
     return found
 
 
-def merged(parts: list[Part]) -> list[Part]:
-    """The same sums with all complete siblings added: the maximal subtrees of the run."""
+def merged(parts: list[Part], first: int, last: int, blocks: int) -> list[Part]:
+    """The sums over the maximal subtrees of a run, from parts that cover it in order."""
+    return [
+        Part(start, level, total([part for part in parts if start <= part.start < start + (1 << level)]))
+        for start, level in subtrees(first, last, blocks)
+    ]
+
+
+def total(parts: list[Part]) -> np.ndarray:
+    """The sum over a subtree or over all blocks, from parts that cover it in order."""
     kept: list[Part] = []
     for part in parts:
         while kept and kept[-1].level == part.level and _is_left_sibling(kept[-1]):
             left = kept.pop()
             part = Part(left.start, left.level + 1, left.values + part.values)
         kept.append(part)
-    return kept
-
-
-def total(parts: list[Part]) -> np.ndarray:
-    """The sum over all blocks, from subtrees that cover all of them in order."""
-    *rest, last = merged(parts)
-    values = last.values
-    for part in reversed(rest):
-        values = part.values + values
+    values = kept.pop().values
+    while kept:
+        values = kept.pop().values + values
     return values
 
 

@@ -1,0 +1,98 @@
+"""What `fastnewton.show_config` prints: versions, devices, threads, MPI and caches.  Nothing here ever raises."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_PACKAGES = ("numpy", "numba", "llvmlite", "torch", "jax", "mpi4py", "cupy-cuda12x", "cupy-cuda13x")
+
+# Loading MPI would initialise it in this process, which a mere question must not do.
+_ASK_MPI = (
+    "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
+    "print(MPI.Get_library_version().splitlines()[0].strip(' \\0'))"
+)
+
+
+def show_config() -> None:
+    """Print versions, devices, threads, the MPI library and cache folders."""
+    for title, describe in _SECTIONS.items():
+        print(f"{title + ':':<14}{_tried(describe)}")
+
+
+def _tried(describe: Callable[[], str]) -> str:
+    try:
+        return describe()
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _versions() -> str:
+    found = [f"python {platform.python_version()}"]
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _package() -> str:
+    return f"{importlib.metadata.version('fastnewton')} in {Path(__file__).parent}"
+
+
+def _cpu() -> str:
+    from fastnewton.kernels import simd
+
+    return f"{platform.machine()}, vectors of {simd.VECTOR_BYTES} bytes, {simd.REGISTERS} registers"
+
+
+def _threads() -> str:
+    from fastnewton.kernels import threads
+
+    chosen = threads.chosen_threads()
+    why = "set by the environment" if chosen else "a thread for each core; FASTNEWTON_NUM_THREADS changes that"
+    return f"{threads.thread_count()} ({why})"
+
+
+def _cuda() -> str:
+    return "not used: arrays in CPU memory only"
+
+
+def _mpi() -> str:
+    try:
+        importlib.metadata.version("mpi4py")
+    except importlib.metadata.PackageNotFoundError:
+        return "mpi4py is not installed; pip install 'fastnewton[mpi]'"
+    loaded = sys.modules.get("mpi4py.MPI")
+    if loaded is not None:
+        library = loaded.Get_library_version().splitlines()[0].strip(" \0")
+    else:
+        command = [sys.executable, "-c", _ASK_MPI]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        library = asked.stdout.strip() or (asked.stderr.strip().splitlines() or ["no answer"])[-1]
+    from fastnewton.launch import foreign_launcher
+
+    size = loaded.COMM_WORLD.Get_size() if loaded is not None and loaded.Is_initialized() else None
+    note = foreign_launcher(os.environ, size)
+    return library + (f"; {note}" if note else "")
+
+
+def _cache() -> str:
+    from fastnewton.kernels.cpu import cache_folder
+
+    return cache_folder()
+
+
+_SECTIONS = {
+    "fastnewton": _package,
+    "versions": _versions,
+    "CPU": _cpu,
+    "threads": _threads,
+    "CUDA": _cuda,
+    "MPI": _mpi,
+    "kernel cache": _cache,
+}

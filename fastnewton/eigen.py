@@ -1,0 +1,135 @@
+"""Everything of size m × m, in float64: projection, eigenproblem, cutoff, coefficients, caps on the step length."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastnewton.arrays import EPS
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Inner products of the centred gradients, already projected by C = I − 11ᵀ/m.
+
+    Attributes
+    ----------
+    matrix : (m, m) float64
+        K = GᵀG.
+    projection : (m,) float64
+        b = Gᵀz, where z is the mean gradient ḡ unless another was given.
+    norm2 : float
+        zᵀz.
+    floor : float
+        2·eps·‖ḡ‖ with eps of the stored dtype: a σ below it is the rounding of the stored gradients.
+    theta_matrix, cross_matrix : (m, m) float64 or None
+        ΘᵀΘ and ΘᵀG, where thetas were given.
+    theta_floor : float
+        2·eps·‖θ̄‖, where thetas were given.
+    """
+
+    matrix: np.ndarray
+    projection: np.ndarray
+    norm2: float
+    floor: float
+    theta_matrix: np.ndarray | None = None
+    cross_matrix: np.ndarray | None = None
+    theta_floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The leading singular directions of G and what they say of z.
+
+    Attributes
+    ----------
+    singular_values : (m,) float64
+        σ_1 ≥ … ≥ σ_m ≥ 0, NaN if K was not finite.
+    vectors : (m, m) float64
+        The columns v_k with K = V diag(σ²) Vᵀ.
+    rank : int
+        j, the number of directions kept.
+    coefficients : (m,) float64
+        c = V_j diag(σ_j⁻²) V_jᵀ b, which sum to zero.
+    """
+
+    singular_values: np.ndarray
+    vectors: np.ndarray
+    rank: int
+    coefficients: np.ndarray
+
+
+def projected(raw: Any, dtype: str) -> Gram:
+    """The kernels' sums as a Gram: K ← CKC, b ← Cb, which removes the rounding of ḡ from the direction (1, …, 1)."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = Gram(
+            _centred(raw.matrix),
+            raw.projection - raw.projection.mean(),
+            raw.norm2,
+            2 * EPS[dtype] * float(np.sqrt(raw.mean_norm2)),
+        )
+        if raw.theta_matrix is None:
+            return found
+        return Gram(
+            found.matrix,
+            found.projection,
+            found.norm2,
+            found.floor,
+            _centred(raw.theta_matrix),
+            _centred(raw.cross_matrix),
+            2 * EPS[dtype] * float(np.sqrt(raw.theta_mean_norm2)),
+        )
+
+
+def is_finite(gram: Gram) -> bool:
+    """Whether all that the step needs of the gradients is finite."""
+    return bool(np.isfinite(gram.matrix).all() and np.isfinite(gram.projection).all() and np.isfinite(gram.norm2))
+
+
+def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
+    """Eigenpairs of K, the rank j and the coefficients c; see `fastnewton.spectrum`."""
+    m = gram.projection.size
+    if not is_finite(gram):
+        return Spectrum(np.full(m, np.nan), np.full((m, m), np.nan), 0, np.full(m, np.nan))
+    squares, vectors = np.linalg.eigh(gram.matrix)
+    vectors = vectors[:, ::-1]
+    sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
+    least = max(cutoff * sigma[0], gram.floor, np.sqrt(m * 2.0**-52) * sigma[0])
+    kept = sigma[: m - 1]
+    rank = int(((kept >= least) & (kept > 0)).sum())
+    if max_rank is not None:
+        rank = min(rank, max_rank)
+    leading = vectors[:, :rank]
+    c = leading @ ((leading.T @ gram.projection) / sigma[:rank] ** 2)
+    return Spectrum(sigma, vectors, rank, c - c.mean())
+
+
+def captured(gram: Gram, found: Spectrum) -> float:
+    """‖U_jᵀz‖²/zᵀz, the share of z that lies in the kept directions; 0 when z = 0."""
+    if found.rank == 0 or gram.norm2 == 0:
+        return 0.0
+    along = (found.vectors[:, : found.rank].T @ gram.projection) / found.singular_values[: found.rank]
+    return float(min(1.0, along @ along / gram.norm2))
+
+
+def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:
+    """τ after `lr_cap`: at most 1/σ_1 ("sigma"), or at most σ_min(ΘV_jΣ_j⁻¹) ("curvature")."""
+    if kind is None or found.rank == 0:
+        return lr
+    if kind == "sigma":
+        return min(lr, 1.0 / float(found.singular_values[0]))
+    leading = found.vectors[:, : found.rank]
+    moved = leading.T @ gram.theta_matrix @ leading
+    usable = np.sqrt(np.maximum(np.diag(moved), 0.0)) > gram.theta_floor
+    if not usable.any():
+        return lr
+    scale = 1.0 / found.singular_values[: found.rank][usable]
+    squares = np.linalg.eigvalsh(scale[:, None] * moved[np.ix_(usable, usable)] * scale)
+    return min(lr, float(np.sqrt(max(squares[0], 0.0))))
+
+
+def _centred(matrix: np.ndarray) -> np.ndarray:
+    """CMC for a square matrix M."""
+    rows = matrix.mean(axis=1)
+    columns = np.ascontiguousarray(matrix.T).mean(axis=1)  # summed like the rows, so that symmetry is kept exactly
+    return matrix - np.add.outer(rows, columns) + rows.mean()

@@ -1,0 +1,20 @@
+"""How this process was started: whether a launcher meant it to be one of several."""
+
+from collections.abc import Mapping
+
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS")
+
+
+def foreign_launcher(environment: Mapping[str, str], size: int | None) -> str | None:
+    """What to tell a user whose launcher started several processes of which MPI sees one; None if all is well."""
+    if size not in (None, 1):
+        return None
+    for name in _SIZE_VARIABLES:
+        text = environment.get(name, "")
+        if text.isdigit() and int(text) > 1:
+            seen = "the communicator has 1" if size == 1 else "MPI is not initialised in this one"
+            return (
+                f"{name}={text} says that {text} processes were started, but {seen}: "
+                "use the mpiexec of the MPI library that mpi4py was built for"
+            )
+    return None

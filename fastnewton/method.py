@@ -1,0 +1,354 @@
+"""The method of Arnold & Wang (2017), arXiv 1709.05069, equations (1) to (4): gram → spectrum → combine.
+
+m workers hold parameters θ_k and gradients g_k.  G and Θ have the columns g_k − ḡ and θ_k − θ̄.  With K = GᵀG =
+V diag(σ²) Vᵀ, b = Gᵀz, j = #{k ≤ m−1 : σ_k ≥ max(λσ_1, floor)} and c = V_j diag(σ_j⁻²) V_jᵀ b, equation (4) is
+
+    H̄⁻¹z = z + (Θ − G)c
+
+since every u_k = Gv_k/σ_k and y_k = Θv_k is a combination of columns; and equation (2) is θ_new = θ̄ − τH̄⁻¹ḡ.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastnewton import arrays, eigen
+from fastnewton.arrays import Rows
+from fastnewton.backends import kernels
+from fastnewton.eigen import Gram, Spectrum
+
+PRECISE_CUTOFF = 1e-3  # smaller directions drown in the rounding of float32 products
+
+NONFINITE = ("raise", "drop", "propagate")
+LR_CAPS = (None, "sigma", "curvature")
+
+
+class NonFiniteError(ArithmeticError):
+    """NaN or infinity where the step needs finite numbers.
+
+    Attributes
+    ----------
+    workers : tuple of int
+        The workers whose parameters or gradients are not finite; empty if finite input overflowed.
+    """
+
+    def __init__(self, message: str, workers: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.workers = workers
+
+    @classmethod
+    def of(cls, workers: list[int]) -> "NonFiniteError":
+        """The error that names these workers."""
+        names = ", ".join(map(str, workers))
+        return cls(f"the parameters or gradients of worker {names} are not finite", tuple(workers))
+
+    @classmethod
+    def overflow(cls) -> "NonFiniteError":
+        """The error for finite input whose step is not finite."""
+        return cls("overflow: thetas and grads are finite, but the step is not; scale the problem down")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step did.
+
+    Attributes
+    ----------
+    rank : int
+        j, the number of directions along which the inverse Hessian was applied.
+    singular_values : (m,) float64
+        σ_1 ≥ … ≥ σ_m of G, without the workers left out.
+    coefficients : (m,) float64
+        c, one for each worker that was not left out.
+    lr : float
+        τ after `lr_cap`.
+    captured : float
+        ‖U_jᵀḡ‖²/‖ḡ‖², the share of the mean gradient in the kept directions; 0 when ḡ = 0.
+    dropped : tuple of int
+        The workers left out because they were not finite.
+    """
+
+    rank: int
+    singular_values: np.ndarray
+    coefficients: np.ndarray
+    lr: float
+    captured: float
+    dropped: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of a step, checked."""
+
+    cutoff: float = 0.1
+    max_rank: int | None = None
+    lr_rest: float | None = None
+    lr_cap: str | None = None
+    nonfinite: str = "raise"
+
+    @classmethod
+    def checked(cls, cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: Any) -> "Options":
+        """Options from what a caller gave; TypeError or ValueError names the argument."""
+        return cls(
+            arrays.fraction(cutoff, "cutoff"),
+            arrays.count(max_rank, "max_rank"),
+            None if lr_rest is None else arrays.real(lr_rest, "lr_rest"),
+            arrays.choice(lr_cap, "lr_cap", LR_CAPS),
+            arrays.choice(nonfinite, "nonfinite", NONFINITE),
+        )
+
+    def compute(self, dtype: str) -> str:
+        """The type in which products are formed."""
+        return compute_type(dtype, "float64" if self.cutoff < PRECISE_CUTOFF else None)
+
+
+def step(
+    thetas: Any,
+    grads: Any,
+    *,
+    lr: float,
+    cutoff: float = 0.1,
+    max_rank: int | None = None,
+    lr_rest: float | None = None,
+    lr_cap: str | None = None,
+    nonfinite: str = "raise",
+    out: Any = None,
+) -> tuple[Any, StepInfo]:
+    """One quasi-Newton step from the workers' parameters and gradients.
+
+    θ_new = θ̄ − τΘc − β(ḡ − Gc): equations (2) and (4) of Arnold & Wang (2017), arXiv 1709.05069, with a step length
+    of its own on the complement.  With j = 0 this is averaged SGD, θ̄ − βḡ.
+
+    Parameters
+    ----------
+    thetas, grads : array (m, n), or sequence of m arrays (n,)
+        A row for each worker, 1 ≤ m ≤ 1024; float16, bfloat16, float32 or float64; NumPy, PyTorch, JAX or anything with
+        `__dlpack__`, both of one library, dtype and shape.  Rows may be strided.  Never copied, never written.
+    lr : float
+        τ ≥ 0, in units of the parameters (1 is Newton's step).
+    cutoff : float
+        λ, 0 < λ < 1: directions with σ_k < λσ_1 are left as they are.  Below 1e-3 products are formed in float64.
+    max_rank : int, optional
+        At most this many directions; 0 is averaged SGD.
+    lr_rest : float, optional
+        β ≥ 0, the step length outside the kept directions; τ if None.
+    lr_cap : {None, "sigma", "curvature"}
+        Upper bound for τ: 1/σ_1, or the smallest ‖H̄⁻¹u‖ over unit u in the kept span (reads thetas once more).
+    nonfinite : {"raise", "drop", "propagate"}
+        What to do about NaN and infinity: an error, a step without those workers, or nothing.
+    out : array (n,), optional
+        Where to write the result: same library and dtype, contiguous, writable, apart from the inputs.
+
+    Returns
+    -------
+    theta : array (n,)
+        θ_new, of the caller's library and dtype; `out` itself if given.
+    info : StepInfo
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input, before anything is written.
+    NonFiniteError
+        Input that is not finite, or a result that overflows.  If only thetas were at fault, `out` is then undefined.
+    """
+    lr = arrays.real(lr, "lr")
+    options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
+    first, second = arrays.pair(thetas, grads)
+    target = arrays.output(out, first, (first, second))
+    info = _step(first, second, lr, options, target.rows)
+    return target.finish(), info
+
+
+def apply_inverse(
+    thetas: Any, grads: Any, z: Any, *, cutoff: float = 0.1, max_rank: int | None = None, out: Any = None
+) -> Any:
+    """The approximate inverse Hessian applied to a vector: H̄⁻¹z = z + (Θ − G)c, c = V_j diag(σ_j⁻²) V_jᵀ Gᵀz.
+
+    Equation (4) of Arnold & Wang (2017), arXiv 1709.05069.  NaN and infinity propagate.
+
+    Parameters
+    ----------
+    thetas, grads, cutoff, max_rank, out
+        As in `step`.
+    z : array (n,)
+        Same library and dtype as grads.
+
+    Returns
+    -------
+    array (n,)
+        `out` itself if given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input, before anything is written.
+    """
+    options = Options.checked(cutoff, max_rank, None, None, "propagate")
+    first, second = arrays.pair(thetas, grads)
+    vector = arrays.vector(z, "z", second, "grads")
+    target = arrays.output(out, first, (first, second, vector))
+    compute = options.compute(second.dtype)
+    found = eigen.spectrum(_gram(second, vector, None, compute), options.cutoff, options.max_rank)
+    kernels(first).combine(
+        first, second, found.coefficients, tau=1.0, beta=1.0, z=vector, out=target.rows, compute=compute
+    )
+    return target.finish()
+
+
+def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None = None) -> Gram:
+    """Inner products of the centred gradients: K = GᵀG and b = Gᵀz, in one pass.
+
+    Parameters
+    ----------
+    grads : array (m, n), or sequence of m arrays (n,)
+        As in `step`.
+    z : array (n,), optional
+        The mean gradient ḡ if None.
+    thetas : like grads, optional
+        Adds ΘᵀΘ and ΘᵀG.  K and b keep their bits.
+    precision : {None, "float64"}
+        None forms products of 16- and 32-bit data in float32, short sums in float32, long ones in float64.
+
+    Returns
+    -------
+    Gram
+        NaN and infinity propagate.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input.
+    """
+    second = arrays.rows(grads, "grads")
+    compute = compute_type(second.dtype, arrays.choice(precision, "precision", (None, "float64")))
+    vector = None if z is None else arrays.vector(z, "z", second, "grads")
+    first = None
+    if thetas is not None:
+        first = arrays.rows(thetas, "thetas")
+        arrays.check_pair(first, second)
+    return _gram(second, vector, first, compute)
+
+
+def spectrum(gram: Gram, *, cutoff: float = 0.1, max_rank: int | None = None) -> Spectrum:
+    """Leading singular directions of G from K, and the coefficients c = V_j diag(σ_j⁻²) V_jᵀ b.
+
+    j = #{k ≤ m−1 : σ_k ≥ max(λσ_1, floor), σ_k > 0}, with floor = max(2·eps·‖ḡ‖, √(m·2⁻⁵²)·σ_1).
+
+    Parameters
+    ----------
+    gram : Gram
+    cutoff, max_rank
+        As in `step`.
+
+    Returns
+    -------
+    Spectrum
+        Rank 0 and NaN coefficients if K is not finite.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input.
+    """
+    if not isinstance(gram, Gram):
+        raise TypeError(f"gram must be a Gram, as fastnewton.gram returns it; got {type(gram).__name__}")
+    return eigen.spectrum(gram, arrays.fraction(cutoff, "cutoff"), arrays.count(max_rank, "max_rank"))
+
+
+def combine(
+    thetas: Any,
+    grads: Any,
+    coefficients: Any,
+    *,
+    lr: float,
+    lr_rest: float | None = None,
+    precision: str | None = None,
+    out: Any = None,
+) -> Any:
+    """θ_new = θ̄ − τΘc − β(ḡ − Gc), in one pass; NaN and infinity propagate.
+
+    Parameters
+    ----------
+    thetas, grads, lr, lr_rest, out
+        As in `step`.
+    coefficients : array (m,)
+        c, float64 or float32, any library; only Cc matters, since Θ and G are centred.
+    precision : {None, "float64"}
+        As in `gram`.
+
+    Returns
+    -------
+    array (n,)
+        `out` itself if given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad input, before anything is written.
+    """
+    tau = arrays.real(lr, "lr")
+    beta = tau if lr_rest is None else arrays.real(lr_rest, "lr_rest")
+    first, second = arrays.pair(thetas, grads)
+    compute = compute_type(first.dtype, arrays.choice(precision, "precision", (None, "float64")))
+    c = arrays.coefficient_vector(coefficients, first.m)
+    target = arrays.output(out, first, (first, second))
+    kernels(first).combine(first, second, c, tau=tau, beta=beta, out=target.rows, compute=compute)
+    return target.finish()
+
+
+def compute_type(dtype: str, precision: str | None) -> str:
+    """The type in which products of `dtype` values are formed."""
+    return "float64" if dtype == "float64" or precision == "float64" else "float32"
+
+
+def _gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str) -> Gram:
+    return eigen.projected(kernels(grads).gram(grads, z, thetas, compute=compute), grads.dtype)
+
+
+def _step(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
+    """The step on checked input, written to `out`."""
+    measured = thetas if options.lr_cap == "curvature" else None
+    compute = options.compute(grads.dtype)
+    found = _gram(grads, None, measured, compute)
+    if options.nonfinite != "propagate" and not eigen.is_finite(found):
+        if workers := arrays.nonfinite_workers(thetas, grads):
+            return _without(workers, thetas, grads, lr, options, out)
+        found = _gram(grads, None, measured, "float64")
+        if not eigen.is_finite(found):
+            raise NonFiniteError.overflow()
+    decided = decide(found, lr, options)
+    finite = _combine(thetas, grads, decided, options, out, compute)
+    if options.nonfinite == "propagate" or finite:
+        return decided
+    if workers := arrays.nonfinite_workers(thetas, grads):
+        return _without(workers, thetas, grads, lr, options, out)
+    if not _combine(thetas, grads, decided, options, out, "float64"):
+        raise NonFiniteError.overflow()
+    return decided
+
+
+def decide(gram: Gram, lr: float, options: Options) -> StepInfo:
+    """The coefficients and step length that follow from the small matrices alone."""
+    found = eigen.spectrum(gram, options.cutoff, options.max_rank)
+    tau = eigen.capped(lr, options.lr_cap, gram, found)
+    return StepInfo(found.rank, found.singular_values, found.coefficients, tau, eigen.captured(gram, found))
+
+
+def _combine(thetas: Rows, grads: Rows, decided: StepInfo, options: Options, out: Rows, compute: str) -> bool:
+    beta = decided.lr if options.lr_rest is None else options.lr_rest
+    return kernels(thetas).combine(
+        thetas, grads, decided.coefficients, tau=decided.lr, beta=beta, out=out, compute=compute
+    )
+
+
+def _without(
+    workers: list[int], thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows
+) -> StepInfo:
+    """The step of the other workers, or the error that names these."""
+    if options.nonfinite == "raise" or len(workers) == thetas.m:
+        raise NonFiniteError.of(workers)
+    healthy = np.setdiff1d(np.arange(thetas.m), workers)
+    info = _step(thetas.only(healthy), grads.only(healthy), lr, options, out)
+    return StepInfo(info.rank, info.singular_values, info.coefficients, info.lr, info.captured, tuple(workers))
