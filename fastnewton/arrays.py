@@ -82,7 +82,7 @@ def vector(value: Any, name: str, like: Rows, what: str) -> Rows:
     """One vector that goes with the rows `like`, called `what` in messages."""
     array, dtype, library = _memory(value, name)
     one = _row(array, dtype, library, value, name)
-    _check_alike(one, name, like, what)
+    check_alike(one, name, like, what)
     if one.n != like.n:
         raise ValueError(f"{name} must have the shape ({like.n},) of a row of {what}; got {array.shape}")
     return one
@@ -97,11 +97,9 @@ def pair(thetas: Any, grads: Any) -> tuple[Rows, Rows]:
 
 def check_pair(thetas: Rows, grads: Rows) -> None:
     """Raise unless grads go with thetas."""
-    _check_alike(grads, "grads", thetas, "thetas")
+    check_alike(grads, "grads", thetas, "thetas")
     if (thetas.m, thetas.n) != (grads.m, grads.n):
-        raise ValueError(
-            f"grads must have the shape of thetas, ({thetas.m}, {thetas.n}); got ({grads.m}, {grads.n})"
-        )
+        raise ValueError(f"grads must have the shape of thetas, ({thetas.m}, {thetas.n}); got ({grads.m}, {grads.n})")
 
 
 def single(value: Any, name: str) -> Rows:
@@ -115,7 +113,7 @@ def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:
     every = [single(item, f"{name}[{k}]") for k, item in enumerate(value)]
     first = every[0]
     for k, one in enumerate(every[1:], 1):
-        _check_alike(one, f"{name}[{k}]", first, f"{name}[0]")
+        check_alike(one, f"{name}[{k}]", first, f"{name}[0]")
         if one.n != first.n:
             raise ValueError(f"{name}[{k}] must have the length {first.n} of {name}[0]; got {one.n}")
     table = np.concatenate([one.table for one in every])
@@ -150,7 +148,8 @@ def _check_strides(array: np.ndarray, name: str) -> None:
         raise ValueError(f"{name} must be aligned to its items of {array.itemsize} bytes; make a copy")
 
 
-def _check_alike(given: Rows, name: str, like: Rows, what: str) -> None:
+def check_alike(given: Rows, name: str, like: Rows, what: str) -> None:
+    """Raise unless `given` is of the library and dtype of `like`, called `what` in messages."""
     if given.library != like.library:
         raise TypeError(f"{name} must be of the same library as {what}, {like.library}; got {given.library}")
     if given.dtype != like.dtype:
@@ -255,7 +254,9 @@ def _new_output(like: Rows) -> Output:
     first = like.owner[0] if isinstance(like.owner, (list, tuple)) else like.owner
     if like.library == "torch":
         tensor = sys.modules["torch"].empty(like.n, dtype=first.dtype)
-        return Output(Rows(np.array([tensor.data_ptr()], np.int64), like.n, like.dtype, "torch", tensor), lambda: tensor)
+        return Output(
+            Rows(np.array([tensor.data_ptr()], np.int64), like.n, like.dtype, "torch", tensor), lambda: tensor
+        )
     array = aligned(like.n, np.dtype(first.dtype) if hasattr(first, "dtype") else np.dtype(like.dtype))
     target = Rows(np.array([array.ctypes.data], np.int64), like.n, like.dtype, like.library, array)
     if like.library == "jax":
@@ -301,6 +302,11 @@ def _row_is_finite(given: Rows, k: int) -> bool:
         if not np.isfinite(values).all():
             return False
     return True
+
+
+def memory(one: Rows, dtype: Any) -> np.ndarray:
+    """The single row as a one-dimensional array; its owner must outlive the result."""
+    return _at(int(one.table[0]), one.n, dtype)
 
 
 def _at(address: int, count: int, dtype: Any) -> np.ndarray:

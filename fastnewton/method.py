@@ -8,6 +8,7 @@ V diag(σ²) Vᵀ, b = Gᵀz, j = #{k ≤ m−1 : σ_k ≥ max(λσ_1, floor)} a
 since every u_k = Gv_k/σ_k and y_k = Θv_k is a combination of columns; and equation (2) is θ_new = θ̄ − τH̄⁻¹ḡ.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,12 +320,12 @@ def _step(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> 
         if not eigen.is_finite(found):
             raise NonFiniteError.overflow()
     decided = decide(found, lr, options)
-    finite = _combine(thetas, grads, decided, options, out, compute)
+    finite = combined(thetas, grads, decided, options, out, compute)
     if options.nonfinite == "propagate" or finite:
         return decided
     if workers := arrays.nonfinite_workers(thetas, grads):
         return _without(workers, thetas, grads, lr, options, out)
-    if not _combine(thetas, grads, decided, options, out, "float64"):
+    if not combined(thetas, grads, decided, options, out, "float64"):
         raise NonFiniteError.overflow()
     return decided
 
@@ -336,19 +337,18 @@ def decide(gram: Gram, lr: float, options: Options) -> StepInfo:
     return StepInfo(found.rank, found.singular_values, found.coefficients, tau, eigen.captured(gram, found))
 
 
-def _combine(thetas: Rows, grads: Rows, decided: StepInfo, options: Options, out: Rows, compute: str) -> bool:
+def combined(thetas: Rows, grads: Rows, decided: StepInfo, options: Options, out: Rows, compute: str) -> bool:
+    """Write θ_new to `out`; False if it is not finite."""
     beta = decided.lr if options.lr_rest is None else options.lr_rest
     return kernels(thetas).combine(
         thetas, grads, decided.coefficients, tau=decided.lr, beta=beta, out=out, compute=compute
     )
 
 
-def _without(
-    workers: list[int], thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows
-) -> StepInfo:
+def _without(workers: list[int], thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
     """The step of the other workers, or the error that names these."""
     if options.nonfinite == "raise" or len(workers) == thetas.m:
         raise NonFiniteError.of(workers)
     healthy = np.setdiff1d(np.arange(thetas.m), workers)
     info = _step(thetas.only(healthy), grads.only(healthy), lr, options, out)
-    return StepInfo(info.rank, info.singular_values, info.coefficients, info.lr, info.captured, tuple(workers))
+    return dataclasses.replace(info, dropped=tuple(workers))

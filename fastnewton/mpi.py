@@ -8,7 +8,9 @@ tree, decides, and broadcasts c: the bits of θ_new are the same on every rank a
 on the stacked rows.
 """
 
+import dataclasses
 import hashlib
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from fastnewton.arrays import Rows
 from fastnewton.backends import kernels
 from fastnewton.kernels import threads, tree
 from fastnewton.launch import foreign_launcher
-from fastnewton.method import NonFiniteError, Options, StepInfo, decide
+from fastnewton.method import NonFiniteError, Options, StepInfo, combined, decide
 
 try:
     from mpi4py import MPI
@@ -40,7 +42,7 @@ _WORDS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.float32, "f
 
 # What rank 0 broadcasts before the coefficients.
 _GO, _BAD_INPUT, _NOT_FINITE = 0.0, 1.0, 2.0
-_HEADER = 5
+_HEADER = 4
 
 
 class DistNewton:
@@ -81,7 +83,7 @@ class DistNewton:
         if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
             raise TypeError(f"comm must be an intracommunicator of mpi4py; got {type(comm).__name__}")
         self._comm = comm.Dup()
-        self._agreed: tuple[int, str, str] | None = None
+        self._agreed: tuple[int, str] | None = None
 
         def settle() -> tuple[float, Options]:
             arrays.choice(exchange, "exchange", EXCHANGES)
@@ -149,7 +151,7 @@ class DistNewton:
         first, second = arrays.single(theta, "theta"), arrays.single(grad, "grad")
         arrays.check_alike(second, "grad", first, "theta")
         if self._agreed is not None:
-            n, dtype, library = self._agreed
+            n, dtype = self._agreed
             if (first.n, first.dtype) != (n, dtype):
                 raise ValueError(
                     f"theta must keep the length and dtype of the first step, {n} and {dtype}; "
@@ -177,10 +179,9 @@ class DistNewton:
             if (every[rank] != every[0]).any():
                 given, wanted = (bytes(every[k, 8:]).decode().strip() for k in (rank, 0))
                 raise ValueError(
-                    f"rank {rank}: theta must have the (length, dtype, kernel layout) of rank 0, {wanted}; "
-                    f"got {given}"
+                    f"rank {rank}: theta must have the (length, dtype, kernel layout) of rank 0, {wanted}; got {given}"
                 )
-        self._agreed = (first.n, first.dtype, first.library)
+        self._agreed = (first.n, first.dtype)
 
     def _allocate(self, like: Rows) -> None:
         m, word = self._comm.size, _WORDS[like.dtype]
@@ -198,37 +199,137 @@ class DistNewton:
     # -- allgather ------------------------------------------------------------------------------------------
 
     def _allgather_step(self, checked: Any, problem: Exception | None) -> tuple[Any, StepInfo]:
-        n, dtype, _ = self._agreed
-        kind, rank = _MPI_TYPES[dtype], self._comm.rank
+        n, dtype = self._agreed
+        kind = _MPI_TYPES[dtype]
         if checked is None:
-            theta_row, grad_row, tau = self._stack_t[rank].copy(), self._stack_g[rank].copy(), self._lr
+            mine = [stack[self._comm.rank].copy() for stack in (self._stack_t, self._stack_g)]
+            target, tau = None, self._lr
         else:
-            first, second, target, tau = checked
-            theta_row, grad_row = (arrays.memory_at(given, _WORDS[dtype]) for given in (first, second))
-        theta_on_its_way = self._comm.Iallgather([theta_row, n, kind], [self._stack_t, n, kind])
-        self._comm.Allgather([grad_row, n, kind], [self._stack_g, n, kind])
+            *given, target, tau = checked
+            mine = [arrays.memory(one, _WORDS[dtype]) for one in given]
+        theta_on_its_way = self._comm.Iallgather([mine[0], n, kind], [self._stack_t, n, kind])
+        self._comm.Allgather([mine[1], n, kind], [self._stack_g, n, kind])
         theta_on_its_way.Wait()
-        thetas, grads = (_stack_rows(stack, dtype) for stack in (self._stack_t, self._stack_g))
-        options, dropped = self._options, ()
+        info = self._round(np.arange(self._comm.size), mine, tau, target, problem)
+        return target.finish(), info
+
+    def _round(self, workers: np.ndarray, mine: list, tau: float, target: Any, problem: Any) -> StepInfo:
+        """The step of these workers, as `fastnewton.method` takes it; collective."""
+        dtype, options = self._agreed[1], self._options
+        thetas, grads = (_rows_of(stack, dtype).only(workers) for stack in (self._stack_t, self._stack_g))
         compute = options.compute(dtype)
-        while True:
-            verdict, decided = self._decide(thetas, grads, tau, compute, problem)
-            if verdict == _BAD_INPUT:
-                self._raise_first(problem)
-            if verdict == _GO and self._combine(thetas, grads, decided, target.rows, compute):
-                break
-            if options.nonfinite == "propagate":
-                break
-            workers = [] if compute == "float64" and dropped else self._nonfinite_workers(theta_row, grad_row, dtype)
-            workers = [k for k in workers if k not in dropped]
-            if workers:
-                dropped = (*dropped, *workers)
-                if options.nonfinite == "raise" or len(dropped) == self._comm.size:
-                    raise NonFiniteError.of(list(dropped))
-                healthy = np.setdiff1d(np.arange(self._comm.size), dropped)
-                thetas, grads = (_stack_rows(stack, dtype).only(healthy) for stack in (self._stack_t, self._stack_g))
-            elif compute == "float64":
+        decided = self._decide(thetas, grads, tau, compute, problem)
+        if decided is None:
+            if bad := self._nonfinite_workers(workers, mine, dtype):
+                return self._without(bad, workers, mine, tau, target)
+            decided = self._decide(thetas, grads, tau, "float64", None)
+            if decided is None:
                 raise NonFiniteError.overflow()
+        finite = combined(thetas, grads, decided, options, target.rows, compute)
+        if finite or options.nonfinite == "propagate":
+            return decided
+        if bad := self._nonfinite_workers(workers, mine, dtype):
+            return self._without(bad, workers, mine, tau, target)
+        if not combined(thetas, grads, decided, options, target.rows, "float64"):
+            raise NonFiniteError.overflow()
+        return decided
+
+    def _decide(
+        self, thetas: Rows, grads: Rows, tau: float, compute: str, problem: Exception | None
+    ) -> StepInfo | None:
+        """Rank 0's decision from the parts of all ranks; None if K is not finite and that matters."""
+        m, with_thetas = grads.m, self._options.lr_cap == "curvature"
+        total = self._summed(grads, thetas if with_thetas else None, compute, problem)
+        verdict = np.zeros(_HEADER + 2 * m)
+        if total is not None:
+            raw = kernels(grads).gram_total(total, m, with_z=False, with_thetas=with_thetas)
+            found = eigen.projected(raw, grads.dtype)
+            if self._options.nonfinite == "propagate" or eigen.is_finite(found):
+                info = decide(found, tau, self._options)
+                verdict[:_HEADER] = _GO, info.rank, info.lr, info.captured
+                verdict[_HEADER:] = *info.singular_values, *info.coefficients
             else:
-                compute = "float64"
-        return target.finish(), decided
+                verdict[0] = _NOT_FINITE
+        elif self._comm.rank == 0:
+            verdict[0] = _BAD_INPUT
+        self._comm.Bcast(verdict, root=0)
+        if verdict[0] == _BAD_INPUT:
+            self._raise_first(problem)
+        if verdict[0] == _NOT_FINITE:
+            return None
+        sigma, c = verdict[_HEADER:].reshape(2, m)
+        return StepInfo(int(verdict[1]), sigma, c, float(verdict[2]), float(verdict[3]))
+
+    def _summed(
+        self, grads: Rows, thetas: Rows | None, compute: str, problem: Exception | None
+    ) -> list[tree.Part] | None:
+        """On rank 0 the parts of all ranks in order, or None if a rank has a problem; None elsewhere."""
+        backend, comm = kernels(grads), self._comm
+        blocks = backend.blocks(grads.n)
+        bounds = [blocks * rank // comm.size for rank in range(comm.size + 1)]
+        places = [tree.subtrees(*run, blocks) for run in itertools.pairwise(bounds)]
+        width = backend.part_size(grads.m, with_z=False, with_thetas=thetas is not None)
+        mine = np.zeros(1 + len(places[comm.rank]) * width)
+        mine[0] = problem is not None
+        if problem is None:
+            first, last = bounds[comm.rank : comm.rank + 2]
+            parts = backend.gram_parts(grads, None, thetas, compute=compute, first=first, last=last)
+            mine[1:] = np.concatenate([np.empty(0), *(part.values for part in parts)])
+        counts = [1 + len(own) * width for own in places]
+        every = np.empty(sum(counts)) if comm.rank == 0 else None
+        comm.Gatherv(mine, [every, counts] if comm.rank == 0 else None, root=0)
+        if comm.rank != 0:
+            return None
+        pieces = np.split(every, np.cumsum(counts)[:-1])
+        if any(piece[0] for piece in pieces):
+            return None
+        return [
+            tree.Part(*place, values)
+            for own, piece in zip(places, pieces, strict=True)
+            for place, values in zip(own, piece[1:].reshape(len(own), width), strict=True)
+        ]
+
+    def _nonfinite_workers(self, workers: np.ndarray, mine: list, dtype: str) -> list[int]:
+        """Collective: those of the workers whose own θ or g is not finite."""
+        own = [_rows_of(row[None], dtype) for row in mine]
+        flags = np.zeros(self._comm.size, np.int8)
+        self._comm.Allgather(np.array([bool(arrays.nonfinite_workers(*own))], np.int8), flags)
+        return [int(k) for k in workers if flags[k]]
+
+    def _without(self, bad: list[int], workers: np.ndarray, mine: list, tau: float, target: Any) -> StepInfo:
+        if self._options.nonfinite == "raise" or len(bad) == workers.size:
+            raise NonFiniteError.of(bad)
+        info = self._round(np.setdiff1d(workers, bad), mine, tau, target, None)
+        return dataclasses.replace(info, dropped=tuple(bad))
+
+
+def _rows_of(stack: np.ndarray, dtype: str) -> Rows:
+    """One of the object's own buffers as rows."""
+    table = stack.ctypes.data + stack.strides[0] * np.arange(stack.shape[0], dtype=np.int64)
+    return Rows(table, stack.shape[1], dtype, "numpy", stack)
+
+
+def _attempt(task: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """The task's result and its error, one of them None: a rank with a problem must still take part."""
+    try:
+        return task(), None
+    except Exception as error:
+        return None, error
+
+
+def _portable(problem: Exception | None) -> tuple[type, str] | None:
+    """An error as other ranks can raise it."""
+    if problem is None:
+        return None
+    kind = next((kind for kind in (TypeError, ValueError, MemoryError) if isinstance(problem, kind)), RuntimeError)
+    return kind, str(problem)
+
+
+def _share_of_cores(comm: MPI.Intracomm) -> int:
+    """Threads for this rank: the user's number, or the node's cores divided among its ranks; collective."""
+    mine = set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    cores = set().union(*node.allgather(mine))
+    share = max(1, min(len(mine), len(cores) // node.size))
+    node.Free()
+    return threads.chosen_threads() or share

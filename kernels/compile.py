@@ -11,9 +11,8 @@ from functools import cache, partial
 from pathlib import Path
 
 import numba
-from numba import types
-
 from fastnewton.kernels import simd
+from numba import types
 
 try:
     import fcntl

@@ -13,14 +13,13 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+from fastnewton.kernels import threads, tree
+from fastnewton.kernels.compile import FLOATS, INT, INTS, jit, specialised
+from fastnewton.kernels.simd import ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
-
-from fastnewton.kernels import threads, tree
-from fastnewton.kernels.compile import FLOATS, INT, INTS, jit, specialised
-from fastnewton.kernels.simd import ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
 
 BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so it takes BLOCK/lanes ≤ 256 terms
 STRIP = 256  # coordinates of a block that stay in the first-level cache while the pairs are gone through
@@ -51,6 +50,11 @@ class RawGram(NamedTuple):
 def blocks(n: int) -> int:
     """Number of blocks that n coordinates are cut into."""
     return -(-n // BLOCK)
+
+
+def layout() -> tuple[int, int, int]:
+    """What ranks must agree on for their parts to be added."""
+    return BLOCK, TILE, VECTOR_BYTES
 
 
 # -- gram ---------------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def gram_parts(grads, z=None, thetas=None, *, compute: str, first: int = 0, last
 def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool) -> RawGram:
     """K, b and the norms, from parts that cover all blocks in order."""
     size = _gram_size(m, with_z)
-    values = tree.total(parts) if parts else np.zeros(size + with_thetas * _pair_size(m))
+    values = tree.total(parts) if parts else np.zeros(part_size(m, with_z=with_z, with_thetas=with_thetas))
     full = _unpacked(values[:size], m, with_z)
     last = m + with_z  # the row of z, or of the mean
     raw = RawGram(full[:m, :m], full[:m, last], float(full[last, last]), float(full[m, m]))
@@ -107,6 +111,11 @@ def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool) -> RawGram:
     end = size + _triangle_size(m + 1)
     theta, cross = _from_triangle(values[size:end], m + 1), _from_square(values[end:], m)
     return raw._replace(theta_matrix=theta[:m, :m], cross_matrix=cross, theta_mean_norm2=float(theta[m, m]))
+
+
+def part_size(m: int, *, with_z: bool, with_thetas: bool) -> int:
+    """Numbers in one part."""
+    return _gram_size(m, with_z) + with_thetas * _pair_size(m)
 
 
 def _piece_level(grads, count: int) -> int:
@@ -294,7 +303,11 @@ def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strip
 
         return block
 
-    row, size, width = _row_bytes(compute.literal_value), ITEMSIZE[storage.literal_value], lanes(compute.literal_value)
+    row, size, width = (
+        _row_bytes(compute.literal_value),
+        ITEMSIZE[storage.literal_value],
+        lanes(compute.literal_value),
+    )
     extra = 1 + with_z.literal_value
 
     def tiled(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
@@ -546,9 +559,7 @@ def _combine_pieces(thetas, count: int) -> int:
 def _combine_kernel(others: int, storage: str, compute: str, base: str):
     """Compiled for exactly `others` rows beside the first; −1 stands for any number of them."""
     count = types.literal(others) if others >= 0 else INT
-    return specialised(
-        _combine_run, (storage, compute, base), (count, INT, INTS, FLOATS, INT, INT, INT, INT, INT, INT)
-    )
+    return specialised(_combine_run, (storage, compute, base), (count, INT, INTS, FLOATS, INT, INT, INT, INT, INT, INT))
 
 
 @jit
@@ -572,11 +583,33 @@ def _combine_run(storage, compute, base, build, others, m, table, weights, out, 
             _keep(padded)
         elif streamed:
             finite &= _combine_block(
-                others, storage, compute, base, "stream", m, _address(table), factors, offset, BLOCK, target, scratch
+                others,
+                storage,
+                compute,
+                base,
+                "stream",
+                m,
+                _address(table),
+                factors,
+                offset,
+                BLOCK,
+                target,
+                scratch,
             )
         else:
             finite &= _combine_block(
-                others, storage, compute, base, "out", m, _address(table), factors, offset, BLOCK, target, scratch
+                others,
+                storage,
+                compute,
+                base,
+                "out",
+                m,
+                _address(table),
+                factors,
+                offset,
+                BLOCK,
+                target,
+                scratch,
             )
     _keep(work)
     return finite
@@ -587,9 +620,7 @@ def _combine_block(others, storage, compute, base, target, m, table, weights, of
 
 
 @overload(_combine_block, prefer_literal=True)
-def _combine_block_compiled(
-    others, storage, compute, base, target, m, table, weights, offset, length, out, scratch
-):
+def _combine_block_compiled(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
     width = lanes(compute.literal_value)
 
     def straight(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):

@@ -1,0 +1,1 @@
+"""Benchmarks of fastnewton: `python -m bench --help`."""

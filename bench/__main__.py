@@ -1,0 +1,215 @@
+"""The command line: `python -m bench --help`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import compare, peers, plots, problems, quadratic, report, train
+from bench.ceilings import machine, read_ceiling
+
+DESCRIPTION = """\
+Benchmarks of fastnewton.
+
+Without a sub-command, in at most 3 minutes on 2 cores: what this machine can do, the step's time beside the
+memory floor and what one would write instead, training over 4 MPI ranks, and the quadratic regime.  Every run
+writes a Markdown summary, a JSON file with all figures, and plots.
+"""
+PEERS = """\
+The step against the roofline of this machine and against NumPy, PyTorch and JAX (where installed), shape by
+shape, each with what it is to reach.  Ceilings, step and peers are timed in turn; figures are medians.
+About 5 minutes.
+"""
+TRAIN = """\
+Multinomial logistic regression on handwritten digits, n = 650, over MPI ranks: DistNewton beside gradient
+descent and SGD at equal numbers of gradients; then two classes, n = 20, with more workers than parameters.
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    options = argparse.Namespace(**DEFAULTS | vars(_parser().parse_args(arguments)))
+    options.command = " ".join(["python -m bench", *(sys.argv[1:] if arguments is None else arguments)])
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine()  # looks at the load before this program makes some
+    options.run(options, Console(width=None if sys.stdout.isatty() else 110))
+
+
+def run_all(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench`"""
+    shapes = compare.curve(largest=20 if options.quick else 23)
+    steps = _measured(shapes, list(peers.installed()), 5 if options.quick else 7, console)
+    picture = report.Picture("Time of a step against n", plots.step_time(steps, machine(), options.out))
+    parts = [report.machine(machine(), steps), report.steps(steps, "One step, m = 8, float32", "n"), picture]
+    for part in parts:
+        part.print(console)
+    trained, more = _trained(options, console)
+    _write(options, console, "bench", {"steps": steps, **trained}, parts + more)
+
+
+def run_peers(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench peers`"""
+    table = compare.table(24 if options.quick else 26)
+    words = [""] if options.peers is None else [word.lower() for word in options.peers]
+    chosen = [name for name in peers.installed() if any(word in name.lower() for word in words)]
+    rounds = options.rounds or (5 if options.quick else 15)
+    steps = _measured([table[name] for name in options.shapes or table], chosen, rounds, console)
+    parts = [
+        report.machine(machine(), steps),
+        report.steps(steps, "The step and its peers"),
+        report.targets(steps),
+        report.Picture("Roofline over time", plots.ratios(steps, machine(), options.out)),
+    ]
+    for part in parts:
+        part.print(console)
+    _write(options, console, "peers", {"steps": steps}, parts)
+
+
+def run_train(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench train`"""
+    trained, parts = _trained(options, console)
+    _write(options, console, "train", trained, parts)
+
+
+DEFAULTS = {
+    "run": run_all,
+    "out": report.OUT,
+    "quick": False,
+    "shapes": None,
+    "rounds": None,
+    "peers": None,
+    "data": None,
+    "samples": None,
+    "evaluations": train.EVALUATIONS,
+    "ranks": train.RANKS,
+    "seed": 0,
+}
+
+
+def _measured(shapes: list[compare.Shape], chosen: list[str], rounds: int, console: Console) -> list[dict]:
+    with _progress(console, len(shapes) * rounds) as (say, advance):
+        say("ceilings")
+        read_ceiling()
+        rows = []
+        for shape in shapes:
+            say(shape.label)
+            rows.append(compare.measure(shape, rounds=rounds, chosen=chosen, after_round=advance))
+    return rows
+
+
+def _trained(options: argparse.Namespace, console: Console) -> tuple[dict, list[report.Table | report.Picture]]:
+    with _progress(console, train.RUNS + 1) as (say, advance):
+        say(f"training, {options.ranks} MPI ranks")
+        many = train.train(
+            data=options.data,
+            samples=options.samples,
+            evaluations=options.evaluations,
+            ranks=options.ranks,
+            seed=options.seed,
+            after=advance,
+        )
+        say("quadratic regime")
+        few = quadratic.solve(problems.digits(options.data, options.samples), seed=options.seed)
+        advance()
+    parts = [
+        report.training(many),
+        report.Picture("Gradient norm against gradients per worker", plots.training(many, options.out)),
+        report.quadratic(few),
+        report.Picture("Quadratic regime", plots.quadratic(few, options.out)),
+    ]
+    for part in parts:
+        part.print(console)
+    return {"training": many, "quadratic": few}, parts
+
+
+def _write(options: argparse.Namespace, console: Console, name: str, results: dict, parts: list) -> None:
+    files = report.write(options.out, name, options.command, {"machine": machine(), **results}, parts)
+    pictures = [options.out / part.file for part in parts if isinstance(part, report.Picture)]
+    console.print("written:", *map(str, files + pictures), sep="\n  ", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """A bar, and functions to say what is done and to move on; drawn only then, so as not to disturb."""
+    columns = (TextColumn("{task.description:36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, auto_refresh=False) as bar:
+        task = bar.add_task("", total=total)
+
+        def say(text: str) -> None:
+            bar.update(task, description=text, refresh=True)
+
+        def advance() -> None:
+            bar.update(task, advance=1, refresh=True)
+
+        yield say, advance
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Options may stand before or after the sub-command; what is not given is taken from DEFAULTS."""
+    parser = _parser_for(argparse.ArgumentParser, "python -m bench", DESCRIPTION)
+    commands = parser.add_subparsers(title="sub-commands", metavar="")
+    for_peers = _parser_for(commands.add_parser, "peers", PEERS, help="the step against roofline and peers")
+    for_train = _parser_for(commands.add_parser, "train", TRAIN, help="training over MPI ranks")
+    _add_timing(parser)
+    _add_timing(for_peers)
+    _add_peers(for_peers)
+    _add_training(parser)
+    _add_training(for_train)
+    for_peers.set_defaults(run=run_peers)
+    for_train.set_defaults(run=run_train)
+    return parser
+
+
+def _parser_for(make: Callable[..., argparse.ArgumentParser], name: str, text: str, **more) -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    found = make(name, description=text, formatter_class=style, argument_default=argparse.SUPPRESS, **more)
+    found.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: bench/out)")
+    return found
+
+
+def _add_timing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="smaller arrays and fewer rounds")
+
+
+def _add_peers(parser: argparse.ArgumentParser) -> None:
+    names = list(compare.table())
+    parser.add_argument("--shapes", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (all)")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of timing (15; quick: 5)")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        metavar="NAME",
+        help=f"only those with these words in their names: {', '.join(peers.ALL)}",
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        nargs="?",
+        const=problems.default_folder(),
+        metavar="PATH",
+        help="folder with MNIST in IDX format (also .gz, also in a sub-folder mnist/); without PATH: "
+        "$FASTNEWTON_DATA or data/; without --data: scikit-learn's bundled digits",
+    )
+    parser.add_argument("--samples", type=_positive, metavar="N", help="only the first N images")
+    parser.add_argument(
+        "--evaluations", type=_positive, metavar="N", help=f"gradients per worker ({train.EVALUATIONS})"
+    )
+    parser.add_argument("--ranks", type=_positive, metavar="N", help=f"MPI ranks, one worker each ({train.RANKS})")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the random spread of the workers (0)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The step as one would otherwise write it, and a reference that all are checked against.
+
+Every peer takes the workers' arrays (m, n) and returns a function without arguments that does one step;
+whatever can be done beforehand is done beforehand.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import numpy as np
+
+import fastnewton as fn
+from bench.ceilings import available_cores
+
+LR, CUTOFF = 0.5, 0.1
+CHUNK = 1 << 16  # coordinates that the reference holds in float64 at a time
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 4e-3}
+TOLERANCE_OF_PEERS = 2e-2  # some add 2²⁵ numbers in float32; a wrong formula is wrong by 10 % and more
+
+Prepare = Callable[[np.ndarray, np.ndarray], Callable[[], object]]
+
+
+def workers(m: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters and gradients in float32; much of the mean gradient lies along differences of workers."""
+    rng = np.random.Generator(np.random.SFC64(seed))
+    thetas, grads = rng.random((m, n), np.float32), rng.random((m, n), np.float32)
+    toward = grads[0] - grads[-1]
+    for row in grads:
+        row -= np.float32(0.5)
+        row += toward
+    return thetas, grads
+
+
+def reference(thetas: np.ndarray, grads: np.ndarray) -> np.ndarray:
+    """θ_new in float64, chunk by chunk."""
+    m, n = grads.shape
+    chunks = [slice(start, start + CHUNK) for start in range(0, n, CHUNK)]
+    K, b = np.zeros((m, m)), np.zeros(m)
+    for chunk in chunks:
+        g = grads[:, chunk].astype(np.float64)
+        g_bar = g.mean(0)
+        G = g - g_bar
+        K += G @ G.T
+        b += G @ g_bar
+    c = _coefficients(K, b)
+    theta_new = np.empty(n)
+    for chunk in chunks:
+        theta, g = thetas[:, chunk].astype(np.float64), grads[:, chunk].astype(np.float64)
+        theta_bar, g_bar = theta.mean(0), g.mean(0)
+        theta_new[chunk] = theta_bar - LR * (g_bar + c @ (theta - theta_bar) - c @ (g - g_bar))
+    return theta_new
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Distance from the reference, relative to its length."""
+    difference = sum(
+        float(np.sum((found[at : at + CHUNK].astype(np.float64) - expected[at : at + CHUNK]) ** 2))
+        for at in range(0, expected.size, CHUNK)
+    )
+    return float(np.sqrt(difference) / np.linalg.norm(expected))
+
+
+def _coefficients(K: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """c = V_j diag(σ_j⁻²) V_jᵀ b, in float64."""
+    sigma2, V = np.linalg.eigh(K.astype(np.float64))
+    keep = sigma2 >= CUTOFF**2 * sigma2[-1]
+    return V[:, keep] @ ((V[:, keep].T @ b) / sigma2[keep])
+
+
+def fastnewton(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], np.ndarray]:
+    """fn.step with out=."""
+    out = np.empty(grads.shape[1], grads.dtype)
+    return lambda: fn.step(thetas, grads, lr=LR, cutoff=CUTOFF, out=out)[0]
+
+
+def numpy_literal(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], np.ndarray]:
+    """Equations (2) to (4) as they stand: the u_k and y_k are formed."""
+
+    def step():
+        theta_bar, g_bar = thetas.mean(0), grads.mean(0)
+        Theta, G = (thetas - theta_bar).T, (grads - g_bar).T
+        sigma2, V = np.linalg.eigh(G.T @ G)
+        keep = sigma2 >= CUTOFF**2 * sigma2[-1]
+        sigma, V = np.sqrt(sigma2[keep]), V[:, keep]
+        U, Y = (G @ V) / sigma, Theta @ V
+        alpha = U.T @ g_bar
+        z_rest = g_bar - U @ alpha
+        return theta_bar - np.asarray(LR, grads.dtype) * (z_rest + Y @ (alpha / sigma))
+
+    return step
+
+
+def numpy_blas(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], np.ndarray]:
+    """Weights for the rows instead of vectors of length n, through BLAS."""
+    m, dtype = len(grads), grads.dtype
+
+    def step():
+        g_bar = grads.mean(0)
+        G = grads - g_bar
+        c = _coefficients(G @ G.T, G @ g_bar)
+        c -= c.mean()
+        return (1 / m - LR * c).astype(dtype) @ thetas - (LR * (1 / m - c)).astype(dtype) @ grads
+
+    return step
+
+
+def torch_eager(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
+    """The same in PyTorch."""
+    import torch
+
+    torch.set_num_threads(available_cores())
+    theta, grad, m = torch.from_numpy(thetas), torch.from_numpy(grads), len(grads)
+
+    def step():
+        g_bar = grad.mean(0)
+        G = grad - g_bar
+        K, b = (G @ G.T).double(), (G @ g_bar).double()
+        sigma2, V = torch.linalg.eigh(K)
+        keep = sigma2 >= CUTOFF**2 * sigma2[-1]
+        V = V[:, keep]
+        c = V @ ((V.T @ b) / sigma2[keep])
+        c = c - c.mean()
+        return (1 / m - LR * c).to(grad.dtype) @ theta - (LR * (1 / m - c)).to(grad.dtype) @ grad
+
+    return step
+
+
+def jax_jit(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
+    """The same in JAX, compiled as a whole."""
+    import jax
+
+    with jax.enable_x64(grads.dtype == np.float64), jax.default_device(jax.devices("cpu")[0]):
+        arrays = jax.numpy.asarray(thetas), jax.numpy.asarray(grads)
+        run = _jax_compiled(*grads.shape, grads.dtype.name)
+    return lambda: run(*arrays).block_until_ready()
+
+
+@cache
+def _jax_compiled(m: int, n: int, dtype: str) -> Callable:
+    import jax
+    import jax.numpy as jnp
+
+    def step(theta, grad):
+        g_bar = grad.mean(0)
+        G = grad - g_bar
+        sigma2, V = jnp.linalg.eigh(G @ G.T)
+        inverse = jnp.where(sigma2 >= CUTOFF**2 * sigma2[-1], 1 / sigma2, 0)
+        c = V @ ((V.T @ (G @ g_bar)) * inverse)
+        c = c - c.mean()
+        return (1 / m - LR * c) @ theta - (LR * (1 / m - c)) @ grad
+
+    rows = jax.ShapeDtypeStruct((m, n), dtype)
+    return jax.jit(step).lower(rows, rows).compile()
+
+
+ALL: dict[str, tuple[str, Prepare]] = {
+    "NumPy, literal": ("numpy", numpy_literal),
+    "NumPy, BLAS": ("numpy", numpy_blas),
+    "PyTorch": ("torch", torch_eager),
+    "JAX, jit": ("jax", jax_jit),
+}
+
+
+def installed() -> dict[str, Prepare]:
+    """The peers whose library can be imported."""
+    return {name: prepare for name, (library, prepare) in ALL.items() if find_spec(library)}

@@ -1,0 +1,135 @@
+"""The pictures."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import EngFormatter
+
+from bench.quadratic import SMALLEST
+
+COLOURS = {
+    "fastnewton": "#c1121f",
+    "NumPy, literal": "#8d99ae",
+    "NumPy, BLAS": "#3a5a80",
+    "PyTorch": "#e09f3e",
+    "JAX, jit": "#588157",
+    "DistNewton": "#c1121f",
+    "gradient descent": "#3a5a80",
+    "SGD": "#8d99ae",
+}
+STYLE = {
+    "figure.dpi": 150,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def step_time(rows: list[dict], machine: dict, folder: Path) -> str:
+    """Time of a step against n, beside the memory floor and the peers."""
+    rows = sorted(rows, key=lambda row: row["n"])
+    n = np.array([row["n"] for row in rows])
+    bandwidth = float(np.median([row["bandwidth"] for row in rows]))
+    floor = np.array([row["bytes"] for row in rows]) / bandwidth
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 5))
+        for name in [name for name in COLOURS if name in rows[-1]["others"]]:
+            points = [(row["n"], row["others"][name]["median"]) for row in rows if name in row["others"]]
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], lw=1.2, ms=3.5, label=name)
+        mine = [row["step"]["median"] for row in rows]
+        axes.plot(n, mine, "o-", color=COLOURS["fastnewton"], lw=2.4, ms=5, zorder=5, label="fastnewton")
+        axes.plot(n, floor, "--", color="black", lw=1.2, label=f"memory floor, at {bandwidth / 1e9:.0f} GB/s")
+        axes.fill_between(n, floor, floor[0] / 2, color="#f4f4f4", lw=0, zorder=0)
+        axes.set(xscale="log", yscale="log", xlim=(n[0], n[-1] * 1.15), ylim=(floor[0] / 2, None))
+        axes.set(xlabel="n, number of parameters", ylabel="time of one step")
+        _in_seconds(axes)
+        axes.set_title(f"One quasi-Newton step, m = {rows[0]['m']} workers, {rows[0]['dtype']}", pad=20)
+        _subtitle(
+            axes,
+            f"{machine['cpu']}, {machine['cores']} cores; medians; floor = (3m + 1)·n·itemsize / bandwidth",
+        )
+        axes.legend(loc="lower right")  # nothing can be faster than the floor: this corner is empty
+        return _save(figure, folder, "step_time.png")
+
+
+def ratios(rows: list[dict], machine: dict, folder: Path) -> str:
+    """How near each shape comes to the roofline, with what it is to reach."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 0.8 + 0.4 * len(rows)))
+        values = [row["ratios"]["roofline"] for row in rows]
+        axes.barh(range(len(rows)), values, color=COLOURS["NumPy, BLAS"], height=0.6)
+        for place, (row, value) in enumerate(zip(rows, values, strict=True)):
+            axes.text(value + 0.01, place, f"{value:.2f}", va="center")
+            if row["target_ratio"] == "roofline":
+                axes.plot([row["least"]] * 2, [place - 0.4, place + 0.4], color=COLOURS["fastnewton"], lw=2)
+        axes.axvline(1.0, color="black", ls="--", lw=1)
+        axes.set_yticks(range(len(rows)), [row["shape"] for row in rows])
+        axes.invert_yaxis()
+        axes.set(xlabel="roofline time / measured time  (1 = the machine's limit; red: to reach)")
+        axes.grid(False, axis="y")
+        axes.set_title("How near the step comes to the roofline", pad=20)
+        _subtitle(axes, f"{machine['cpu']}, {machine['cores']} cores")
+        return _save(figure, folder, "roofline.png")
+
+
+def training(found: dict, folder: Path) -> str:
+    """‖∇J‖ against gradients per worker, for each method."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 5))
+        for method in found["methods"]:
+            name, norms = method["name"], method["gradient_norms"]
+            label = name if name == "SGD" else f"{name}: × {method['rate']:.4f} per gradient"
+            axes.plot(method["evaluations"], norms, color=COLOURS[name], lw=1.8, label=label)
+        axes.set(yscale="log", xlim=(0, found["evaluations"]))
+        axes.set(xlabel="full-batch gradients evaluated by each worker", ylabel="‖∇J‖")
+        axes.set_title(
+            f"Fewer workers than parameters (m = {found['workers']}, n = {found['n']}): linear convergence",
+            pad=20,
+        )
+        _subtitle(axes, f"{found['problem']}, L2 {found['l2']:g}; each method at its best fixed step")
+        axes.legend(loc="lower left")
+        return _save(figure, folder, "training.png")
+
+
+def quadratic(found: dict, folder: Path) -> str:
+    """‖∇J‖ against steps, and each norm against the one before it."""
+    norms = np.array(found["gradient_norms"])
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
+        left.plot(norms, "o-", color=COLOURS["DistNewton"], lw=1.8)
+        left.axhline(SMALLEST, color="black", ls="--", lw=1)
+        left.text(0, SMALLEST / 4, "1e-13: rounding", va="top")
+        left.set(yscale="log", ylim=(norms.min() / 30, None), xlabel="step", ylabel="‖∇J‖")
+        left.set_title(f"m = {found['workers']} workers, n = {found['n']}: quadratic convergence", pad=20)
+        _subtitle(left, f"{found['problem']}, L2 {found['l2']:g}")
+        above = norms[norms > SMALLEST]
+        right.loglog(above[:-1], above[1:], "o", color=COLOURS["DistNewton"], label="measured")
+        right.loglog(above[:-1], above[-1] * (above[:-1] / above[-2]) ** 2, "--", color="black", lw=1, label="slope 2")
+        right.set(xlabel="‖∇J‖ before the step", ylabel="‖∇J‖ after the step")
+        right.set_title(f"measured order {found['order']:.2f}", pad=20)
+        right.legend(loc="upper left")
+        return _save(figure, folder, "quadratic.png")
+
+
+def _subtitle(axes: plt.Axes, text: str) -> None:
+    axes.text(0, 1.015, text, transform=axes.transAxes, color="#666666", fontsize=9)
+
+
+def _in_seconds(axes: plt.Axes) -> None:
+    axes.yaxis.set_major_formatter(EngFormatter("s"))
+
+
+def _save(figure: plt.Figure, folder: Path, name: str) -> str:
+    figure.savefig(folder / name)
+    plt.close(figure)
+    return name

@@ -1,0 +1,133 @@
+"""Logistic regression on handwritten digits: what the benchmarks train.
+
+The digits are scikit-learn's bundled set, or MNIST in IDX format, averaged to the same 8 × 8 pixels.
+"""
+
+import gzip
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import expit, log_softmax, softmax
+
+CLASSES = 10
+_IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images (samples, 64) with values from 0 to 1, and labels (samples,) from 0 to 9."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+
+    def only(self, *classes: int) -> "Digits":
+        """The images of some classes."""
+        chosen = np.isin(self.labels, classes)
+        return Digits(self.name, self.images[chosen], self.labels[chosen])
+
+
+def digits(folder: str | Path | None = None, samples: int | None = None) -> Digits:
+    """MNIST's training images from this folder or its sub-folder mnist/, or scikit-learn's digits if None.
+
+    With `samples`, only the first so many.
+    """
+    found = _bundled() if folder is None else _mnist(Path(folder))
+    return Digits(found.name, found.images[:samples], found.labels[:samples])
+
+
+def default_folder() -> str:
+    """Where MNIST is looked for if only `--data` is said."""
+    return os.environ.get("FASTNEWTON_DATA", "data")
+
+
+def _bundled() -> Digits:
+    from sklearn.datasets import load_digits
+
+    bundled = load_digits()
+    return Digits("scikit-learn digits", bundled.data / 16, bundled.target)
+
+
+def _mnist(folder: Path) -> Digits:
+    images = read_idx(_find(folder, "train-images-idx3-ubyte"))
+    labels = read_idx(_find(folder, "train-labels-idx1-ubyte"))
+    square = np.pad(images, ((0, 0), (2, 2), (2, 2))).reshape(len(images), 8, 4, 8, 4)
+    return Digits("MNIST, 8 × 8", square.mean((2, 4)).reshape(-1, 64) / 255, labels.astype(np.int64))
+
+
+def _find(folder: Path, name: str) -> Path:
+    tried = [sub / (name + suffix) for sub in (folder, folder / "mnist") for suffix in ("", ".gz")]
+    for path in tried:
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"no {name} or {name}.gz in {folder} or {folder / 'mnist'}")
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """An array in IDX format, gzipped or not."""
+    data = Path(path).read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
+        raise ValueError(f"{path} is not an IDX file")
+    kind, header = np.dtype(_IDX_TYPES[data[2]]), 4 + 4 * data[3]
+    shape = tuple(np.frombuffer(data[4:header], ">u4").tolist())
+    if len(data) != header + kind.itemsize * int(np.prod(shape)):
+        raise ValueError(f"{path} does not hold an array of shape {shape}")
+    return np.frombuffer(data, kind, offset=header).reshape(shape)
+
+
+class Multinomial:
+    """Ten classes, an L2 term: J(W) = mean −log softmax(xW)_y + ½ l2 ‖W‖², with W (65, 10) as a vector."""
+
+    def __init__(self, data: Digits, l2: float):
+        self.features = np.column_stack([data.images, np.ones(len(data.images))])
+        self.targets = np.eye(CLASSES)[data.labels]
+        self.l2 = l2
+        self.n = self.features.shape[1] * CLASSES
+        self.samples = len(self.features)
+
+    def value(self, w: np.ndarray) -> float:
+        scores = log_softmax(self.features @ w.reshape(-1, CLASSES), axis=1)
+        return float(-np.vdot(scores, self.targets) / self.samples + 0.5 * self.l2 * (w @ w))
+
+    def gradient(self, w: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
+        """∇J(w), from all samples or from the chosen ones."""
+        features, targets = self.features, self.targets
+        if chosen is not None:
+            features, targets = features[chosen], targets[chosen]
+        wrong = softmax(features @ w.reshape(-1, CLASSES), axis=1) - targets
+        return (features.T @ wrong).ravel() / len(features) + self.l2 * w
+
+    def accuracy(self, w: np.ndarray) -> float:
+        """Share of the training samples that are told right."""
+        found = (self.features @ w.reshape(-1, CLASSES)).argmax(1)
+        return float((self.targets[np.arange(self.samples), found]).mean())
+
+
+class TwoClasses:
+    """Two classes, principal components and an intercept: J(w) = mean log(1 + exp(−y x·w)) + ½ l2 ‖w‖²."""
+
+    def __init__(self, data: Digits, l2: float, *, classes: tuple[int, int] = (3, 8), components: int = 19):
+        data = data.only(*classes)
+        centred = data.images - data.images.mean(0)
+        _, _, directions = np.linalg.svd(centred, full_matrices=False)
+        scores = centred @ directions[:components].T
+        features = np.column_stack([scores / scores.std(), np.ones(len(scores))])
+        self.signed = features * np.where(data.labels == classes[1], 1.0, -1.0)[:, None]
+        self.l2 = l2
+        self.n = components + 1
+        self.samples = len(features)
+
+    def value(self, w: np.ndarray) -> float:
+        return float(np.logaddexp(0, -self.signed @ w).mean() + 0.5 * self.l2 * (w @ w))
+
+    def gradient(self, w: np.ndarray) -> np.ndarray:
+        return -(expit(-self.signed @ w) @ self.signed) / self.samples + self.l2 * w
+
+
+def spread(rng: np.random.Generator, w: np.ndarray, length: float, workers: int = 1) -> np.ndarray:
+    """(workers, n): points at random around w, about `length` away."""
+    return w + length / np.sqrt(w.size) * rng.standard_normal((workers, w.size))

@@ -1,0 +1,163 @@
+"""Results as tables on the terminal, as Markdown, and as one JSON file."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from bench import peers
+from bench.quadratic import TARGET_ORDER
+
+OUT = Path(__file__).resolve().parent / "out"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that can be printed and written; the first column is left-aligned."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    note: str = ""
+
+    def print(self, console: Console) -> None:
+        table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+        for number, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if number else "left", no_wrap=not number, overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(f"\n[bold]{self.title}[/bold]", table, self.note, sep="\n", highlight=False)
+
+    def markdown(self) -> str:
+        rule = [":--", *["--:"] * (len(self.columns) - 1)]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.columns, rule, *self.rows)]
+        return "\n".join([f"### {self.title}", "", *lines, *(["", self.note] if self.note else [])])
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot that was written beside the report."""
+
+    title: str
+    file: str
+
+    def print(self, console: Console) -> None:
+        """Pictures are for the Markdown only."""
+
+    def markdown(self) -> str:
+        return f"![{self.title}]({self.file})"
+
+
+def write(folder: Path, name: str, command: str, results: dict, parts: list[Table | Picture]) -> list[Path]:
+    """Write name.json and name.md; the files, for the user to look at."""
+    data, page = folder / f"{name}.json", folder / f"{name}.md"
+    data.write_text(json.dumps({"command": command, **results}, indent=1))
+    head = f"# {results['machine']['cpu']}, {results['machine']['cores']} cores\n\nMade by `{command}`."
+    page.write_text("\n\n".join([head, *(part.markdown() for part in parts)]) + "\n")
+    return [data, page]
+
+
+def machine(found: dict, rows: list[dict]) -> Table:
+    """The ceilings, over all rows of a run."""
+
+    def over(key: str, chosen: list[dict], unit: str) -> tuple[str, ...]:
+        values = sorted(row[key] / 1e9 for row in chosen)
+        return (f"{values[len(values) // 2]:.1f} {unit}", f"{values[0]:.1f} to {values[-1]:.1f}")
+
+    double = [row for row in rows if row["dtype"] == "float64"]
+    single = [row for row in rows if row["dtype"] != "float64"]
+    lines = [("read bandwidth, all cores", *over("bandwidth", rows, "GB/s"))]
+    lines += [("sgemm (NumPy)", *over("flops_per_second", single, "GFLOP/s"))] if single else []
+    lines += [("dgemm (NumPy)", *over("flops_per_second", double, "GFLOP/s"))] if double else []
+    title = f"What this machine can do: {found['cpu']}, {found['cores']} cores"
+    note = "Measured in turn with the steps below."
+    if found["load"] > 0.5:
+        note += f" Other programs kept the machine busy (load {found['load']:.1f}): figures are too bad."
+    return Table(title, ("ceiling", "median", "range"), lines, note)
+
+
+def steps(rows: list[dict], title: str, first: str = "shape") -> Table:
+    """The step beside its floor and the peers."""
+    names = [name for name in peers.ALL if any(name in row["errors"] for row in rows)]
+    columns = (first, "roofline", "fastnewton", "roofline /time", *names, "best /time")
+    lines = [
+        (
+            f"{row[first]:,}" if first == "n" else row[first],
+            milliseconds(row["roofline"]),
+            milliseconds(row["step"]["median"]),
+            f"{row['ratios']['roofline']:.2f}",
+            *(_peer(row, name) for name in names),
+            f"{row['ratios']['best peer']:.1f}" if "best peer" in row["ratios"] else "",
+        )
+        for row in rows
+    ]
+    note = "Times in ms: medians of interleaved rounds. Every result was checked against float64 first"
+    wrong = any(name in row["errors"] and name not in row["others"] for row in rows for name in names)
+    note += ": one that is wrong is off by more than 2 %, and was not timed." if wrong else "."
+    return Table(title, columns, lines, note)
+
+
+def _peer(row: dict, name: str) -> str:
+    if name in row["others"]:
+        return milliseconds(row["others"][name]["median"])
+    return "wrong" if name in row["errors"] else ""
+
+
+def targets(rows: list[dict]) -> Table:
+    """Whether each shape reaches what it is to reach."""
+    lines = []
+    for row in rows:
+        if row["target"]:
+            ratio = row["ratios"].get(row["target_ratio"])
+            verdict = {True: "reached", False: "NOT reached", None: "no peer"}[row["reached"]]
+            spread = f"{100 * row['step']['spread']:.0f} %"
+            lines.append((row["shape"], row["target"], f"{ratio:.2f}" if ratio else "", spread, verdict))
+    note = (
+        "roofline/0.80: at most the roofline time divided by 0.80; 3 × best peer: at least 3 times faster. "
+        "The spread is that of the step: the distance of its quartiles."
+    )
+    return Table("Targets", ("shape", "to reach", "measured", "spread", "verdict"), lines, note)
+
+
+def training(found: dict) -> Table:
+    """What each method reached."""
+    lines = [
+        (
+            method["name"],
+            ", ".join(f"{key} {value:.3g}" for key, value in method["settings"].items()),
+            f"{method['gradient_norms'][-1]:.1e}",
+            f"{method['rate']:.4f}",
+            f"{method['value']:.6f}",
+            f"{100 * method['accuracy']:.1f} %",
+        )
+        for method in found["methods"]
+    ]
+    title = f"Training: {found['problem']}, n = {found['n']}, {found['workers']} workers"
+    note = (
+        f"After {found['evaluations']} full-batch gradients per worker (of SGD's batches, their share); "
+        "DistNewton spends two a step. Step lengths were searched beforehand, and the gradients of that "
+        "search are not counted. The rate is the factor on ‖∇J‖ per gradient, over the second half. With "
+        "fewer workers than parameters convergence is linear."
+    )
+    return Table(title, ("method", "settings", "‖∇J‖", "rate", "J", "training accuracy"), lines, note)
+
+
+def quadratic(found: dict) -> Table:
+    """Step by step."""
+    norms = found["gradient_norms"]
+    lines = [(str(k), f"{norm:.1e}") for k, norm in enumerate(norms)]
+    title = f"Quadratic regime: {found['problem']}, n = {found['n']}, {found['workers']} workers"
+    reached = "reached" if found["reached"] else "NOT reached"
+    low, high = TARGET_ORDER
+    note = f"Measured order of convergence: {found['order']:.2f} (to reach: {low} to {high}). "
+    note += f"‖∇J‖ ≤ 1e-13: {reached}."
+    return Table(title, ("step", "‖∇J‖"), lines, note)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits."""
+    value = 1e3 * seconds
+    return f"{value:.3f}" if value < 1 else f"{value:.3g}" if value < 100 else f"{value:,.0f}"

@@ -1,0 +1,81 @@
+"""Timing several tasks in turn, so that all of them see the same machine."""
+
+import gc
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+SHORTEST = 4e-3  # seconds; quicker tasks are called several times for one sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one call, measured several times."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def min(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles, as a share of the median."""
+        low, high = np.quantile(self.seconds, (0.25, 0.75))
+        return float((high - low) / self.median)
+
+    def as_dict(self) -> dict:
+        return {"median": self.median, "min": self.min, "spread": self.spread, "samples": len(self.seconds)}
+
+
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    budget: float = float("inf"),
+    unlimited: Collection[str] = (),
+    before: Callable[[], None] = lambda: None,
+    after_round: Callable[[], None] = lambda: None,
+) -> dict[str, Sample]:
+    """Time every task once a round, in the order given; each has run before, so nothing is compiled now.
+
+    `before` is called before each task, `after_round` after each round.
+    A task that has used up `budget` seconds is left out of further rounds, unless it is among the unlimited
+    or was timed fewer than three times.
+    """
+    calls = {name: _calls(task) for name, task in tasks.items()}
+    found: dict[str, list[float]] = {name: [] for name in tasks}
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, task in tasks.items():
+                spent = sum(found[name]) * calls[name]
+                if spent < budget or name in unlimited or len(found[name]) < 3:
+                    before()
+                    found[name].append(_timed(task, calls[name]))
+            after_round()
+    finally:
+        if enabled:
+            gc.enable()
+    return {name: Sample(tuple(values)) for name, values in found.items()}
+
+
+def _calls(task: Callable[[], object]) -> int:
+    """How many calls make one sample."""
+    return max(1, round(SHORTEST / _timed(task, 1)))
+
+
+def _timed(task: Callable[[], object], calls: int) -> float:
+    if calls > 1:
+        task()  # wakes threads and fills caches after the pause
+    start = time.perf_counter()
+    for _ in range(calls):
+        task()
+    return (time.perf_counter() - start) / calls

@@ -1,0 +1,40 @@
+"""What all tests share."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# The first example compiles kernels, and a run is to be repeatable.
+settings.register_profile("fastnewton", deadline=None, derandomize=True, max_examples=30, print_blob=False)
+settings.load_profile("fastnewton")
+
+
+@pytest.fixture
+def rng(request):
+    """Numbers that differ from test to test and not from run to run."""
+    return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Run a program in a fresh interpreter, warnings as errors, and return what it prints."""
+
+    def run(*arguments, env=None, timeout=300):
+        variables = {**os.environ, **(env or {})}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", *arguments],
+            env={name: value for name, value in variables.items() if value is not None},
+            cwd=tmp_path,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run

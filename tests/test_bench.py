@@ -1,0 +1,315 @@
+"""The benchmarks: what they count, what they train, what they write.  Nothing here asserts a time."""
+
+import gzip
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastnewton.kernels import cpu
+from scipy.optimize import check_grad
+
+import fastnewton as fn
+from bench import ceilings, compare, descent, peers, problems, quadratic, report, roofline, timing
+from bench.__main__ import main
+
+ROOT = Path(__file__).resolve().parent.parent
+MNIST = os.environ.get("FASTNEWTON_DATA", str(ROOT / "data"))
+
+
+# -- roofline -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("m", "n", "itemsize"), [(1, 1, 4), (8, 1000, 4), (3, 17, 8), (64, 4096, 2)])
+def test_bytes_and_flops_are_those_of_the_method(m, n, itemsize):
+    gram, combine = roofline.gram(m, n, itemsize), roofline.combine(m, n, itemsize)
+    assert gram.bytes + combine.bytes == (3 * m + 1) * n * itemsize == roofline.step(m, n, itemsize).bytes
+    assert gram.bytes == m * n * itemsize
+    assert gram.flops == m * (m + 1) * n + 2 * m * n
+    assert combine.flops == 6 * m * n
+
+
+def test_roofline_time_is_the_sum_over_the_passes_of_the_slower_resource():
+    m, n = 8, 1000
+    assert roofline.seconds(m, n, 4, 1e9, 1e30) == pytest.approx((3 * m + 1) * n * 4 / 1e9)
+    assert roofline.seconds(m, n, 4, 1e30, 1e9) == pytest.approx((m * (m + 1) + 8 * m) * n / 1e9)
+    # Here gram is bound by arithmetic and combine by memory.
+    assert roofline.seconds(m, n, 4, 1e9, 2e9) == pytest.approx(
+        (m * (m + 1) + 2 * m) * n / 2e9 + (2 * m + 1) * n * 4 / 1e9
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_step_hands_its_kernels_the_bytes_that_the_roofline_counts(monkeypatch, rng, dtype):
+    """One call of gram with the gradients; one of combine with parameters, gradients and the result."""
+    moved = {"gram": [], "combine": []}
+
+    def counted(name, arguments):
+        rows = [value for value in arguments if hasattr(value, "itemsize") and hasattr(value, "n")]
+        moved[name].append(sum(value.m * value.n * value.itemsize for value in rows))
+
+    gram, combine = cpu.gram, cpu.combine
+    monkeypatch.setattr(cpu, "gram", lambda *a, **k: counted("gram", [*a, *k.values()]) or gram(*a, **k))
+    monkeypatch.setattr(cpu, "combine", lambda *a, **k: counted("combine", [*a, *k.values()]) or combine(*a, **k))
+    m, n = 5, 3000
+    thetas, grads = rng.standard_normal((2, m, n)).astype(dtype)
+    fn.step(thetas, grads, lr=1.0)
+    itemsize = thetas.itemsize
+    assert moved == {
+        "gram": [roofline.gram(m, n, itemsize).bytes],
+        "combine": [roofline.combine(m, n, itemsize).bytes],
+    }
+
+
+def test_ceilings_count_what_they_do():
+    read = ceilings.ReadCeiling(size=1 << 20, rounds=1)
+    read()  # asserts that every word was read
+    assert read.bytes == 1 << 20
+    assert ceilings.GemmCeiling("float32", size=8).flops == 2 * 8**3
+
+
+# -- timing and comparison ----------------------------------------------------------------------------------
+
+
+def test_tasks_are_timed_in_turn_and_a_slow_one_only_three_times():
+    order = []
+    tasks = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    found = timing.interleaved(tasks, rounds=5, budget=0.0, unlimited={"a"})
+    assert len(found["a"].seconds) == 5
+    assert len(found["b"].seconds) == 3
+    firsts = [name for name, before in zip(order[2:], order[1:], strict=False) if name != before]
+    assert firsts[:4] in (["a", "b", "a", "b"], ["b", "a", "b", "a"])
+
+
+def test_a_sample_is_summed_up():
+    sample = timing.Sample((1.0, 2.0, 3.0, 4.0, 10.0))
+    assert (sample.median, sample.min) == (3.0, 1.0)
+    assert sample.spread == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["fastnewton", *peers.ALL])
+def test_every_peer_takes_the_same_step(name, dtype):
+    prepares = {"fastnewton": peers.fastnewton, **peers.installed()}
+    if name not in prepares:
+        pytest.skip(f"the library of {name} is not installed")
+    given = tuple(array.astype(dtype) for array in peers.workers(5, 2000))
+    found = np.asarray(prepares[name](*given)())
+    assert found.dtype == dtype
+    assert peers.error(found, peers.reference(*given)) < (1e-5 if dtype == "float32" else 1e-12)
+
+
+def test_the_newton_part_is_a_large_part_of_the_step_that_is_checked():
+    thetas, grads = peers.workers(8, 5000)
+    plain = thetas.mean(0) - peers.LR * grads.mean(0)
+    assert peers.error(plain, peers.reference(thetas, grads)) > 5 * peers.TOLERANCE_OF_PEERS
+
+
+@pytest.mark.parametrize("ratio", [0.79, 0.81])
+def test_a_verdict_is_the_ratio_of_medians_against_the_target(ratio):
+    shape = compare.Shape(8, 1024, target="roofline", least=0.8)
+    samples = {compare.STEP: timing.Sample((2.0, 1.0, 9.0)), "peer": timing.Sample((5.0,))}
+    found = compare._verdict(shape, samples, least=2.0 * ratio)
+    assert found["ratios"] == {"roofline": pytest.approx(ratio), "best peer": 2.5}
+    assert found["reached"] is (ratio > 0.8)
+
+
+def test_without_a_peer_there_is_no_verdict():
+    shape = compare.Shape(8, 1024, target="best peer", least=3.0)
+    assert compare._verdict(shape, {compare.STEP: timing.Sample((1.0,))}, 1.0)["reached"] is None
+
+
+# -- problems -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return problems.digits()
+
+
+@pytest.mark.parametrize("kind", [problems.Multinomial, problems.TwoClasses])
+def test_gradients_agree_with_finite_differences(kind, bundled, rng):
+    problem = kind(problems.Digits("", bundled.images[:200], bundled.labels[:200]), 1e-2)
+    for w in (np.zeros(problem.n), 0.3 * rng.standard_normal(problem.n)):
+        # Differences of step 1.5e-8 in n coordinates, each with an error of about 1e-8.
+        assert check_grad(problem.value, problem.gradient, w) < 1e-6
+
+
+def test_sizes_are_those_that_are_shown(bundled):
+    assert problems.Multinomial(bundled, 1e-2).n == 650
+    assert problems.TwoClasses(bundled, 1e-2).n == 20
+
+
+def test_a_batch_of_all_samples_is_the_full_gradient(bundled, rng):
+    problem = problems.Multinomial(bundled, 1e-2)
+    w = rng.standard_normal(problem.n)
+    np.testing.assert_allclose(problem.gradient(w, np.arange(problem.samples)), problem.gradient(w), rtol=1e-12)
+
+
+def _idx(array: np.ndarray, code: int) -> bytes:
+    return bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(("kind", "code"), [("u1", 8), (">i2", 11), (">f4", 13)])
+def test_idx_files_are_read(tmp_path, kind, code, suffix):
+    array = np.arange(24).reshape(2, 3, 4).astype(kind)
+    path, data = tmp_path / f"array{suffix}", _idx(array, code)
+    path.write_bytes(gzip.compress(data) if suffix else data)
+    found = problems.read_idx(path)
+    assert found.dtype == array.dtype
+    np.testing.assert_array_equal(found, array)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4 no such thing", _idx(np.zeros(8, "u1"), 8)[:-1]])
+def test_what_is_not_idx_is_refused(tmp_path, data):
+    path = tmp_path / "array"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="array"):
+        problems.read_idx(path)
+
+
+@pytest.mark.parametrize("sub", ["", "mnist"])
+def test_mnist_is_averaged_to_8_by_8(tmp_path, sub):
+    images, labels = np.zeros((3, 28, 28), "u1"), np.array([7, 0, 9], "u1")
+    images[0, 2:6, 6:10] = 255  # with the border of 2: exactly one block of 4 × 4
+    folder = tmp_path / sub
+    folder.mkdir(exist_ok=True)
+    (folder / "train-images-idx3-ubyte").write_bytes(_idx(images, 8))
+    (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(_idx(labels, 8)))
+    found = problems.digits(tmp_path)
+    expected = np.zeros((3, 8, 8))
+    expected[0, 1, 2] = 1
+    np.testing.assert_allclose(found.images, expected.reshape(3, 64))
+    np.testing.assert_array_equal(found.labels, labels)
+    assert len(problems.digits(tmp_path, samples=2).images) == 2
+
+
+def test_a_folder_without_mnist_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
+        problems.digits(tmp_path)
+
+
+@pytest.mark.skipif(not Path(MNIST).is_dir(), reason="no MNIST in $FASTNEWTON_DATA or data/")
+def test_real_mnist_is_read():
+    found = problems.digits(MNIST)
+    assert found.images.shape == (60_000, 64)
+    assert 0 <= found.images.min() < 0.01 < 0.9 < found.images.max() <= 1
+    assert np.bincount(found.labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+
+
+# -- training -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_more_workers_than_parameters_converge_quadratically(bundled, seed):
+    found = quadratic.solve(bundled, seed=seed)
+    low, high = quadratic.TARGET_ORDER
+    assert found["workers"] > found["n"] == 20
+    assert low <= found["order"] <= high
+    assert found["gradient_norms"][-1] <= 1e-13
+
+
+def test_the_order_of_a_sequence_is_measured():
+    assert quadratic.order([1e-1, 1e-2, 1e-4, 1e-8, 1e-16]) == pytest.approx(2)
+    assert quadratic.order([0.5**k for k in range(20)]) == pytest.approx(1)
+
+
+def test_the_rate_of_a_sequence_is_measured():
+    assert descent.rate(list(range(0, 40, 2)), [0.9**k for k in range(20)]) == pytest.approx(0.9**0.5)
+
+
+def test_the_best_step_is_searched_and_divergence_is_not_chosen(bundled):
+    problem = problems.Multinomial(bundled, 1e-2)
+    step, history = descent.best(
+        lambda step: descent.gradient_descent(problem, step, 30), (0.1, 1.0, 1e6), after=lambda: None
+    )
+    assert step == 1.0
+    assert history.evaluations == list(range(31))
+    assert history.norms[-1] < history.norms[0]
+
+
+# -- the command line ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"]])
+def test_help_names_every_option(capsys, arguments):
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--help"])
+    said = capsys.readouterr().out
+    options = {"peers": ("--shapes", "--rounds", "--peers"), "train": ("--data", "--evaluations", "--ranks")}
+    for name in ("--out", *options.get(arguments[0] if arguments else "train", ())):
+        assert name in said
+    assert arguments or all(name in said for name in options)
+
+
+def test_training_runs_over_ranks_and_writes_what_it_says(tmp_path, run_python):
+    said = run_python(
+        *(
+            "-m",
+            "bench",
+            "train",
+            "--out",
+            tmp_path / "out",
+            "--evaluations",
+            "20",
+            "--ranks",
+            "2",
+            "--samples",
+            "300",
+        ),
+        env={"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    found = json.loads((tmp_path / "out" / "train.json").read_text())
+    page = (tmp_path / "out" / "train.md").read_text()
+    assert {method["name"] for method in found["training"]["methods"]} == {
+        "DistNewton",
+        "gradient descent",
+        "SGD",
+    }
+    for method in found["training"]["methods"]:
+        assert method["evaluations"][-1] == 20
+        assert len(method["evaluations"]) == len(method["gradient_norms"])
+        assert method["gradient_norms"][-1] < method["gradient_norms"][0]
+        assert f"| {method['name']} |" in page
+        assert f"{method['gradient_norms'][-1]:.1e}" in page
+    assert found["training"]["workers"] == 2
+    assert f"{found['quadratic']['order']:.2f}" in page
+    for name in ("training.png", "quadratic.png"):
+        assert f"({name})" in page
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+        assert name in said.replace("\n", "")
+
+
+def test_peers_are_compared_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "read_ceiling", lambda: ceilings.ReadCeiling(size=1 << 20, rounds=1))
+    monkeypatch.setattr(compare, "gemm_ceiling", lambda dtype: ceilings.GemmCeiling(dtype, size=64))
+    monkeypatch.setattr("bench.__main__.read_ceiling", lambda: None)
+    main(["peers", "--shapes", "small", "--rounds", "3", "--peers", "numpy", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "peers.json").read_text())
+    (row,) = found["steps"]
+    assert found["command"] == f"python -m bench peers --shapes small --rounds 3 --peers numpy --out {tmp_path}"
+    assert (row["m"], row["n"], row["dtype"]) == (8, 16_384, "float32")
+    assert row["bytes"] == roofline.step(8, 16_384, 4).bytes
+    assert set(row["others"]) == {"NumPy, literal", "NumPy, BLAS"}
+    assert row["reached"] == (row["ratios"]["best peer"] >= 3)
+    page = (tmp_path / "peers.md").read_text()
+    assert f"| {row['ratios']['best peer']:.2f} |" in page
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert "Targets" in capsys.readouterr().out
+
+
+def test_every_shape_of_the_table_is_as_large_as_it_says():
+    table = compare.table()
+    for name in ("m2", "m4", "m8", "m16", "m32", "m64", "m128"):
+        assert table[name].m * table[name].n == 1 << 26
+    assert table["float64"].nbytes == table["m8"].nbytes
+    assert table["bfloat16"].n == table["m8"].n
+
+
+def test_a_table_reads_the_same_in_markdown():
+    table = report.Table("Times", ("n", "ms"), [("1", "2.0")], "A note.")
+    assert table.markdown() == "### Times\n\n| n | ms |\n| :-- | --: |\n| 1 | 2.0 |\n\nA note."

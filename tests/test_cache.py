@@ -1,0 +1,74 @@
+"""Compiled kernels on disk: several processes at once, and installations that cannot be written to."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fastnewton as fn
+from fastnewton import kernels
+
+PROGRAM = """
+import hashlib, sys
+import numpy as np
+import fastnewton as fn
+
+rng = np.random.default_rng(3)
+thetas, grads = rng.standard_normal((2, 3, 2000)).astype(np.float32)
+print(fn.__file__)
+print(hashlib.sha256(fn.step(thetas, grads, lr=0.5)[0].tobytes()).hexdigest())
+"""
+
+
+def kernels_in(folder):
+    return sorted(path.relative_to(folder) for path in Path(folder).rglob("*.nbc"))
+
+
+def test_processes_that_start_at_once_share_a_cold_cache(tmp_path):
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-c", PROGRAM]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(command, env=env, **pipes) for _ in range(3)]
+    printed = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], printed
+    assert len(set(printed)) == 1
+    assert kernels_in(tmp_path)
+
+
+def test_a_warm_cache_is_not_written_again(run_python, tmp_path):
+    env = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first = run_python("-c", PROGRAM, env=env)
+    before = {path: (tmp_path / path).stat().st_mtime_ns for path in kernels_in(tmp_path)}
+    assert before
+    assert run_python("-c", PROGRAM, env=env) == first
+    assert {path: (tmp_path / path).stat().st_mtime_ns for path in kernels_in(tmp_path)} == before
+
+
+def test_an_installation_that_cannot_be_written_to_still_caches(run_python, tmp_path):
+    site, temporary = tmp_path / "site", tmp_path / "temporary"
+    temporary.mkdir()
+    no_cache = shutil.ignore_patterns("__pycache__", "kernels")
+    shutil.copytree(Path(fn.__file__).parent, site / "fastnewton", ignore=no_cache)
+    shutil.copytree(
+        Path(kernels.__file__).parent,
+        site / "fastnewton" / "kernels",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    for folder in (site / "fastnewton", site / "fastnewton" / "kernels"):
+        (folder / "__pycache__").write_text("a file, so that even root cannot make the folder")
+    nowhere = str(site / "fastnewton" / "__pycache__" / "home")
+    env = {
+        "PYTHONPATH": str(site),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": nowhere,
+        "XDG_CACHE_HOME": nowhere,
+        "NUMBA_CACHE_DIR": None,
+        "TMPDIR": str(temporary),
+    }
+    printed = run_python("-c", PROGRAM, env=env)
+    assert printed.splitlines()[0] == str(site / "fastnewton" / "__init__.py")
+    (cache,) = temporary.iterdir()
+    assert kernels_in(cache)
+    assert not cache.stat().st_mode & 0o022  # compiled code is loaded from there
+    assert str(temporary) in run_python("-m", "fastnewton", env=env)
