@@ -17,7 +17,7 @@ from bench.timing import Sample, interleaved
 
 STEP, READ, GEMM, FLOAT32 = OURS = ("fastnewton", "read ceiling", "gemm ceiling", "fastnewton, float32")
 SETTLE = 0.12  # seconds; threads of BLAS and OpenMP spin that long and slow the next task; a read wakes the cores
-PEER_BUDGET = 1.5  # seconds that a peer may take beyond three samples
+PEER_BUDGET = 1.5  # seconds that a peer may take for each shape before it is left out of further rounds
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -62,7 +62,7 @@ def table(log2: int = 26) -> dict[str, Shape]:
 
 def curve(m: int = 8, largest: int = 23) -> list[Shape]:
     """Shapes over a range of n, for the plot of time against n."""
-    sizes = [650, *(1 << k for k in range(12, largest + 1) if k == largest or k % 2 == 0)]
+    sizes = [650, *(1 << k for k in (12, 14, 16, 18, 20, 23) if k <= largest)]
     return [Shape(m, n) for n in sizes]
 
 

@@ -46,8 +46,8 @@ def interleaved(
     """Time every task once a round, in the order given; each has run before, so nothing is compiled now.
 
     `before` is called before each task, `after_round` after each round.
-    A task that has used up `budget` seconds is left out of further rounds, unless it is among the unlimited
-    or was timed fewer than three times.
+    `before` is called before each task, `after_round` after each round.  A task that has used up `budget` seconds
+    is left out of further rounds, unless it is among the unlimited.
     """
     calls = {name: _calls(task) for name, task in tasks.items()}
     found: dict[str, list[float]] = {name: [] for name in tasks}
@@ -57,7 +57,7 @@ def interleaved(
         for _ in range(rounds):
             for name, task in tasks.items():
                 spent = sum(found[name]) * calls[name]
-                if spent < budget or name in unlimited or len(found[name]) < 3:
+                if not found[name] or spent < budget or name in unlimited:
                     before()
                     found[name].append(_timed(task, calls[name]))
             after_round()

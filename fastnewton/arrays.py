@@ -9,6 +9,7 @@ import numbers
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -189,10 +190,15 @@ def _library(value: Any) -> str:
 
 
 def _checked(array: np.ndarray, name: str) -> tuple[np.ndarray, str]:
-    dtype = array.dtype.name
-    if dtype not in ITEMSIZE or not array.dtype.isnative:
+    dtype = _dtype_name(array.dtype)
+    if dtype not in ITEMSIZE:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {array.dtype}")
     return (array.view(np.uint16) if dtype == "bfloat16" and array.ndim else array), dtype
+
+
+@cache  # asking NumPy for the name takes longer than the rest of the checks
+def _dtype_name(dtype: np.dtype) -> str | None:
+    return dtype.name if dtype.isnative else None
 
 
 def _torch_memory(tensor: Any, name: str) -> tuple[np.ndarray, str]:

@@ -1,5 +1,6 @@
 """Everything of size m × m, in float64: projection, eigenproblem, cutoff, coefficients, caps on the step length."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,7 @@ def projected(raw: Any, dtype: str) -> Gram:
     with np.errstate(invalid="ignore", over="ignore"):
         found = Gram(
             _centred(raw.matrix),
-            raw.projection - raw.projection.mean(),
+            raw.projection - np.add.reduce(raw.projection) / raw.projection.size,
             raw.norm2,
             2 * EPS[dtype] * float(np.sqrt(raw.mean_norm2)),
         )
@@ -94,14 +95,14 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     squares, vectors = np.linalg.eigh(gram.matrix)
     vectors = vectors[:, ::-1]
     sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
-    least = max(cutoff * sigma[0], gram.floor, np.sqrt(m * 2.0**-52) * sigma[0])
-    kept = sigma[: m - 1]
-    rank = int(((kept >= least) & (kept > 0)).sum())
+    largest = float(sigma[0])
+    least = max(cutoff * largest, gram.floor, math.sqrt(m * 2.0**-52) * largest)
+    rank = sum(value >= least and value > 0 for value in sigma[: m - 1].tolist())
     if max_rank is not None:
         rank = min(rank, max_rank)
     leading = vectors[:, :rank]
     c = leading @ ((leading.T @ gram.projection) / sigma[:rank] ** 2)
-    return Spectrum(sigma, vectors, rank, c - c.mean())
+    return Spectrum(sigma, vectors, rank, c - np.add.reduce(c) / m)
 
 
 def captured(gram: Gram, found: Spectrum) -> float:
@@ -130,6 +131,8 @@ def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:
 
 def _centred(matrix: np.ndarray) -> np.ndarray:
     """CMC for a square matrix M."""
-    rows = matrix.mean(axis=1)
-    columns = np.ascontiguousarray(matrix.T).mean(axis=1)  # summed like the rows, so that symmetry is kept exactly
-    return matrix - np.add.outer(rows, columns) + rows.mean()
+    m = matrix.shape[0]
+    rows = np.add.reduce(matrix, axis=1) / m
+    # Summed in the same order as the rows, so that a symmetric matrix stays exactly symmetric.
+    columns = np.add.reduce(np.ascontiguousarray(matrix.T), axis=1) / m
+    return matrix - np.add.outer(rows, columns) + np.add.reduce(rows) / m

@@ -525,7 +525,7 @@ def _row_address(typingctx, table, k):
 def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out, compute: str) -> bool:
     """Write the combination to `out` (Rows of one row); False if any value written is not finite."""
     m, n = thetas.m, thetas.n
-    c = coefficients - coefficients.mean()
+    c = coefficients - np.add.reduce(coefficients) / m
     tables = [thetas.table, grads.table]
     if z is None:
         weights = np.concatenate([1 / m - tau * c, -beta * (1 / m - c), [-beta]])

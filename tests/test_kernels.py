@@ -254,6 +254,21 @@ def test_a_direction_is_never_kept_below_the_rounding_of_the_stored_gradients(rn
     assert_step(thetas, grads, lr=1.0, cutoff=1e-6)
 
 
+@pytest.mark.parametrize("m", [3, 8, 33])
+def test_a_direction_is_never_kept_below_the_rounding_of_the_gram_matrix(rng, m):
+    """√(m·2⁻⁵²)·σ_1 is where σ_k² drowns in K's own rounding, however small the cutoff."""
+    floor = np.sqrt(m * 2.0**-52)
+    thetas, grads = ill_conditioned(rng, m, 2000, [1, *[0.5] * (m - 3), floor / 4], 1e-3)
+    expected = assert_step(thetas, grads, lr=1.0, cutoff=1e-12)
+    assert expected.rank == m - 2
+
+
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_the_last_direction_is_never_kept(m):
+    gram = fn.Gram(np.eye(m), np.ones(m), 1.0, 0.0)
+    assert fn.spectrum(gram).rank == m - 1
+
+
 # -- combine and apply_inverse -------------------------------------------------------------------------------
 
 
