@@ -45,7 +45,6 @@ def interleaved(
 ) -> dict[str, Sample]:
     """Time every task once a round, in the order given; each has run before, so nothing is compiled now.
 
-    `before` is called before each task, `after_round` after each round.
     `before` is called before each task, `after_round` after each round.  A task that has used up `budget` seconds
     is left out of further rounds, unless it is among the unlimited.
     """

@@ -173,7 +173,7 @@ def _memory(value: Any, name: str) -> tuple[np.ndarray, str, str]:
         raise TypeError(f"{name} must be {_KINDS}; got {type(value).__name__}")
     _check_on_cpu(value.__dlpack_device__()[0] == _CPU, name)
     try:
-        view = np.from_dlpack(value, copy=False)
+        view = np.from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} cannot be read through DLPack without a copy: {error}") from error
     return *_checked(view, name), library
@@ -186,7 +186,8 @@ def _library(value: Any) -> str:
         module = sys.modules.get(library)
         if module is not None and isinstance(value, getattr(module, kind, ())):
             return library
-    return type(value).__module__.partition(".")[0]
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _checked(array: np.ndarray, name: str) -> tuple[np.ndarray, str]:
@@ -253,7 +254,7 @@ def _overlap(begin: int, end: int, given: Rows) -> bool:
 def _writable(out: Any) -> bool:
     if isinstance(out, np.ndarray):
         return bool(out.flags.writeable)
-    return _library(out) == "torch" or bool(np.from_dlpack(out, copy=False).flags.writeable)
+    return _library(out) == "torch" or bool(np.from_dlpack(out).flags.writeable)
 
 
 def _new_output(like: Rows) -> Output:

@@ -111,16 +111,19 @@ class Vectors:
         if self.storage == "bfloat16":
             bits = self.builder.zext(raw, self._ints())
             raw = self.builder.bitcast(self.builder.shl(bits, self._ints(16)), self._singles())
+        elif self.storage == "float16":
+            raw = self.builder.fpext(raw, self._singles())  # to float64 there is no instruction, so no direct way
         return raw if raw.type == self.type else self.builder.fpext(raw, self.type)
 
     def _narrowed(self, value):
         b = self.builder
         if self.storage == self.compute:
             return value
-        if self.storage != "bfloat16":
-            return b.fptrunc(value, ir.VectorType(_STORED[self.storage], self.lanes))
         if self.compute == "float64":
             value = b.fptrunc(value, self._singles())
+        if self.storage != "bfloat16":
+            stored = ir.VectorType(_STORED[self.storage], self.lanes)
+            return value if stored == value.type else b.fptrunc(value, stored)
         bits = b.bitcast(value, self._ints())
         odd = b.and_(b.lshr(bits, self._ints(16)), self._ints(1))
         rounded = b.add(bits, b.add(odd, self._ints(0x7FFF)))  # to nearest, ties to even

@@ -4,6 +4,9 @@ import gzip
 import json
 import os
 import struct
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from fastnewton.kernels import cpu
 from scipy.optimize import check_grad
 
 import fastnewton as fn
-from bench import ceilings, compare, descent, peers, problems, quadratic, report, roofline, timing
+from bench import ceilings, compare, descent, peers, problems, quadratic, report, roofline, timing, train
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,16 +73,25 @@ def test_ceilings_count_what_they_do():
     assert ceilings.GemmCeiling("float32", size=8).flops == 2 * 8**3
 
 
+def test_cores_are_counted_without_an_affinity_too(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert ceilings.available_cores() == os.cpu_count()
+
+
 # -- timing and comparison ----------------------------------------------------------------------------------
 
 
 def test_tasks_are_timed_in_turn_and_a_slow_one_only_once():
     order = []
-    tasks = {name: lambda name=name: order.append(name) for name in ("a", "b")}
-    found = timing.interleaved(tasks, rounds=5, budget=0.0, unlimited={"a"})
-    assert len(found["a"].seconds) == 5
-    assert len(found["b"].seconds) == 1
-    assert order[-7:-4] == ["a", "b", "a"] or "b" not in order[-4:]
+
+    def task(name):
+        order.append(name)
+        time.sleep(2 * timing.SHORTEST)  # so that one call makes a sample
+
+    tasks = {name: partial(task, name) for name in ("a", "b")}
+    found = timing.interleaved(tasks, rounds=4, budget=0.0, unlimited={"a"})
+    assert "".join(order) == "ab" + "ab" + "aaa"  # a first look at each, then the rounds
+    assert {name: len(sample.seconds) for name, sample in found.items()} == {"a": 4, "b": 1}
 
 
 def test_a_sample_is_summed_up():
@@ -229,6 +241,26 @@ def test_the_best_step_is_searched_and_divergence_is_not_chosen(bundled):
     assert step == 1.0
     assert history.evaluations == list(range(31))
     assert history.norms[-1] < history.norms[0]
+
+
+def test_mpiexec_beside_the_interpreter_comes_first(monkeypatch, tmp_path):
+    for folder in ("mine", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mpiexec").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "other"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "mine" / "python"))
+    assert train.mpiexec() == str(tmp_path / "mine" / "mpiexec")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert train.mpiexec() == str(tmp_path / "other" / "mpiexec")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="pip install"):
+        train.mpiexec()
+
+
+def test_a_job_that_takes_too_long_is_ended():
+    settings = {"data": None, "samples": 50, "l2": 0.1, "evaluations": 10**7, "seed": 0, "rests": [0.1]}
+    with pytest.raises(RuntimeError, match="longer than 2 s"):
+        train.run_ranks(2, settings, after=lambda: None, limit=2)
 
 
 # -- the command line ---------------------------------------------------------------------------------------
