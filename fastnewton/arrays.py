@@ -365,7 +365,10 @@ def choice(value: Any, name: str, allowed: tuple[str | None, ...]) -> Any:
 def _number(value: Any, name: str) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number; got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be within the range of float64; got {type(value).__name__} beyond it") from None
 
 
 def _words(allowed: tuple[str | None, ...]) -> str:

@@ -83,14 +83,18 @@ def projected(raw: Any, dtype: str) -> Gram:
 
 
 def is_finite(gram: Gram) -> bool:
-    """Whether all that the step needs of the gradients is finite."""
-    return bool(np.isfinite(gram.matrix).all() and np.isfinite(gram.projection).all() and np.isfinite(gram.norm2))
+    """Whether all that a step needs is finite."""
+    return _of_grads_is_finite(gram) and (gram.theta_matrix is None or bool(np.isfinite(gram.theta_matrix).all()))
+
+
+def _of_grads_is_finite(gram: Gram) -> bool:
+    return math.isfinite(gram.norm2) and bool(np.isfinite(gram.matrix).all() and np.isfinite(gram.projection).all())
 
 
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     """Eigenpairs of K, the rank j and the coefficients c; see `fastnewton.spectrum`."""
     m = gram.projection.size
-    if not is_finite(gram):
+    if not _of_grads_is_finite(gram):
         return Spectrum(np.full(m, np.nan), np.full((m, m), np.nan), 0, np.full(m, np.nan))
     squares, vectors = np.linalg.eigh(gram.matrix)
     vectors = vectors[:, ::-1]
