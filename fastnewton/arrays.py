@@ -8,9 +8,8 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +22,7 @@ _CPU = 1  # kDLCPU
 _KINDS = "an array with __dlpack__ (NumPy, PyTorch, JAX, CuPy)"
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """m vectors of length n in memory: where each begins, and what keeps them alive."""
 
     table: np.ndarray  # (m,) int64 addresses
@@ -48,11 +46,10 @@ class Rows:
 
     def only(self, workers: np.ndarray) -> "Rows":
         """These rows alone."""
-        return Rows(self.table[workers], self.n, self.dtype, self.library, self.owner, self.device)
+        return self._replace(table=self.table[workers])
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """Memory for the result, and what makes the caller's kind of array of it."""
 
     rows: Rows
@@ -75,8 +72,7 @@ def rows(value: Any, name: str) -> Rows:
     m, n = array.shape
     _check_workers(m, name)
     _check_strides(array, name)
-    table = array.ctypes.data + array.strides[0] * np.arange(m, dtype=np.int64)
-    return Rows(table, n, dtype, library, value)
+    return Rows(_addresses(array), n, dtype, library, value)
 
 
 def vector(value: Any, name: str, like: Rows, what: str) -> Rows:
@@ -126,6 +122,11 @@ def _row(array: np.ndarray, dtype: str, library: str, owner: Any, name: str) -> 
         raise ValueError(f"{name} must be a one-dimensional array; got an array of shape {array.shape}")
     _check_strides(array, name)
     return Rows(np.array([array.ctypes.data], np.int64), array.size, dtype, library, owner)
+
+
+def _addresses(matrix: np.ndarray) -> np.ndarray:
+    start, step, m = matrix.ctypes.data, matrix.strides[0], matrix.shape[0]
+    return np.arange(start, start + m * step, step) if step and m > 1 else np.full(m, start)
 
 
 def _check_workers(m: int, name: str) -> None:
@@ -248,7 +249,7 @@ def output(out: Any, like: Rows, inputs: Sequence[Rows]) -> Output:
 
 def _overlap(begin: int, end: int, given: Rows) -> bool:
     length = given.n * given.itemsize
-    return bool(((given.table < end) & (given.table + length > begin)).any()) and end > begin
+    return begin < end and any(row < end and begin < row + length for row in given.table.tolist())
 
 
 def _writable(out: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,16 @@ class Gram:
     cross_matrix: np.ndarray | None = None
     theta_floor: float = 0.0
 
+    @cached_property
+    def is_finite(self) -> bool:
+        """Whether the products of the gradients are finite."""
+        return math.isfinite(self.norm2) and bool(np.isfinite(self.matrix).all() and np.isfinite(self.projection).all())
+
+    @cached_property
+    def of_thetas_is_finite(self) -> bool:
+        """Whether the products of the thetas are finite; true where none were given."""
+        return self.theta_matrix is None or bool(np.isfinite(self.theta_matrix).all())
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -52,12 +63,15 @@ class Spectrum:
         j, the number of directions kept.
     coefficients : (m,) float64
         c = V_j diag(σ_j⁻²) V_jᵀ b, which sum to zero.
+    captured : float
+        ‖U_jᵀz‖²/zᵀz, the share of z that lies in the kept directions; 0 when z = 0.
     """
 
     singular_values: np.ndarray
     vectors: np.ndarray
     rank: int
     coefficients: np.ndarray
+    captured: float
 
 
 def projected(raw: Any, dtype: str) -> Gram:
@@ -67,7 +81,7 @@ def projected(raw: Any, dtype: str) -> Gram:
             _centred(raw.matrix),
             raw.projection - np.add.reduce(raw.projection) / raw.projection.size,
             raw.norm2,
-            2 * EPS[dtype] * float(np.sqrt(raw.mean_norm2)),
+            2 * EPS[dtype] * math.sqrt(raw.mean_norm2),
         )
         if raw.theta_matrix is None:
             return found
@@ -78,24 +92,15 @@ def projected(raw: Any, dtype: str) -> Gram:
             found.floor,
             _centred(raw.theta_matrix),
             _centred(raw.cross_matrix),
-            2 * EPS[dtype] * float(np.sqrt(raw.theta_mean_norm2)),
+            2 * EPS[dtype] * math.sqrt(raw.theta_mean_norm2),
         )
-
-
-def is_finite(gram: Gram) -> bool:
-    """Whether all that a step needs is finite."""
-    return _of_grads_is_finite(gram) and (gram.theta_matrix is None or bool(np.isfinite(gram.theta_matrix).all()))
-
-
-def _of_grads_is_finite(gram: Gram) -> bool:
-    return math.isfinite(gram.norm2) and bool(np.isfinite(gram.matrix).all() and np.isfinite(gram.projection).all())
 
 
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     """Eigenpairs of K, the rank j and the coefficients c; see `fastnewton.spectrum`."""
     m = gram.projection.size
-    if not _of_grads_is_finite(gram):
-        return Spectrum(np.full(m, np.nan), np.full((m, m), np.nan), 0, np.full(m, np.nan))
+    if not gram.is_finite:
+        return Spectrum(np.full(m, np.nan), np.full((m, m), np.nan), 0, np.full(m, np.nan), 0.0)
     squares, vectors = np.linalg.eigh(gram.matrix)
     vectors = vectors[:, ::-1]
     sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
@@ -104,17 +109,11 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     rank = sum(value >= least and value > 0 for value in sigma[: m - 1].tolist())
     if max_rank is not None:
         rank = min(rank, max_rank)
-    leading = vectors[:, :rank]
-    c = leading @ ((leading.T @ gram.projection) / sigma[:rank] ** 2)
-    return Spectrum(sigma, vectors, rank, c - np.add.reduce(c) / m)
-
-
-def captured(gram: Gram, found: Spectrum) -> float:
-    """‖U_jᵀz‖²/zᵀz, the share of z that lies in the kept directions; 0 when z = 0."""
-    if found.rank == 0 or gram.norm2 == 0:
-        return 0.0
-    along = (found.vectors[:, : found.rank].T @ gram.projection) / found.singular_values[: found.rank]
-    return float(min(1.0, along @ along / gram.norm2))
+    leading, kept = vectors[:, :rank], sigma[:rank]
+    along = (leading.T @ gram.projection) / kept
+    c = leading @ (along / kept)
+    captured = min(1.0, float(along @ along) / gram.norm2) if gram.norm2 else 0.0
+    return Spectrum(sigma, vectors, rank, c - np.add.reduce(c) / m, captured)
 
 
 def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:
@@ -124,8 +123,11 @@ def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:
     if kind == "sigma":
         return min(lr, 1.0 / float(found.singular_values[0]))
     leading = found.vectors[:, : found.rank]
+    m = gram.projection.size
     moved = leading.T @ gram.theta_matrix @ leading
-    usable = np.sqrt(np.maximum(np.diag(moved), 0.0)) > gram.theta_floor
+    # Below the rounding of the stored thetas, or of their products, a direction was not seen to move.
+    floor = max(gram.theta_floor, math.sqrt(m * 2.0**-52 * float(np.trace(gram.theta_matrix))))
+    usable = np.sqrt(np.maximum(np.diag(moved), 0.0)) > floor
     if not usable.any():
         return lr
     scale = 1.0 / found.singular_values[: found.rank][usable]
@@ -135,8 +137,11 @@ def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:
 
 def _centred(matrix: np.ndarray) -> np.ndarray:
     """CMC for a square matrix M."""
-    m = matrix.shape[0]
-    rows = np.add.reduce(matrix, axis=1) / m
-    # Summed in the same order as the rows, so that a symmetric matrix stays exactly symmetric.
-    columns = np.add.reduce(np.ascontiguousarray(matrix.T), axis=1) / m
-    return matrix - np.add.outer(rows, columns) + np.add.reduce(rows) / m
+    c = _centring(matrix.shape[0])
+    return c @ matrix @ c
+
+
+@cache
+def _centring(m: int) -> np.ndarray:
+    """C = I − 11ᵀ/m."""
+    return np.eye(m) - 1.0 / m

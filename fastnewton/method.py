@@ -313,11 +313,11 @@ def _step(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> 
     measured = thetas if options.lr_cap == "curvature" else None
     compute = options.compute(grads.dtype)
     found = _gram(grads, None, measured, compute)
-    if options.nonfinite != "propagate" and not eigen.is_finite(found):
+    if options.nonfinite != "propagate" and not (found.is_finite and found.of_thetas_is_finite):
         if workers := arrays.nonfinite_workers(thetas, grads):
             return _without(workers, thetas, grads, lr, options, out)
         found = _gram(grads, None, measured, "float64")
-        if not eigen.is_finite(found):
+        if not (found.is_finite and found.of_thetas_is_finite):
             raise NonFiniteError.overflow()
     decided = decide(found, lr, options)
     finite = combined(thetas, grads, decided, options, out, compute)
@@ -334,7 +334,7 @@ def decide(gram: Gram, lr: float, options: Options) -> StepInfo:
     """The coefficients and step length that follow from the small matrices alone."""
     found = eigen.spectrum(gram, options.cutoff, options.max_rank)
     tau = eigen.capped(lr, options.lr_cap, gram, found)
-    return StepInfo(found.rank, found.singular_values, found.coefficients, tau, eigen.captured(gram, found))
+    return StepInfo(found.rank, found.singular_values, found.coefficients, tau, found.captured)
 
 
 def combined(thetas: Rows, grads: Rows, decided: StepInfo, options: Options, out: Rows, compute: str) -> bool:

@@ -244,7 +244,7 @@ class DistNewton:
         if total is not None:
             raw = kernels(grads).gram_total(total, m, with_z=False, with_thetas=with_thetas)
             found = eigen.projected(raw, grads.dtype)
-            if self._options.nonfinite == "propagate" or eigen.is_finite(found):
+            if self._options.nonfinite == "propagate" or (found.is_finite and found.of_thetas_is_finite):
                 info = decide(found, tau, self._options)
                 verdict[:_HEADER] = _GO, info.rank, info.lr, info.captured
                 verdict[_HEADER:] = *info.singular_values, *info.coefficients

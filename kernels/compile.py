@@ -19,7 +19,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None
 
-INT = types.int64
+INT, FLOAT = types.int64, types.float64
 FLOATS = types.Array(types.float64, 1, "C")
 INTS = types.Array(types.int64, 1, "C")
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from fastnewton.kernels import threads, tree
-from fastnewton.kernels.compile import FLOATS, INT, INTS, jit, specialised
+from fastnewton.kernels.compile import FLOAT, FLOATS, INT, INTS, jit, specialised
 from fastnewton.kernels.simd import ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
 from llvmlite import ir
 from numba import types
@@ -96,7 +96,7 @@ def gram_parts(grads, z=None, thetas=None, *, compute: str, first: int = 0, last
 
     threads.parallel_for(piece, len(pieces))
     parts = [tree.Part(*where, sums) for where, sums in zip(pieces, values, strict=True)]
-    return tree.merged(parts, first, last, blocks(n))
+    return parts if len(parts) == 1 else tree.merged(parts, first, last, blocks(n))
 
 
 def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool) -> RawGram:
@@ -154,16 +154,16 @@ def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
     """The symmetric matrix of products, rows of the mean and of z last."""
     if m > STRAIGHT:
         return _from_triangle(values, m + 1 + with_z)
-    full = np.zeros((m + 1 + with_z, m + 1 + with_z))
-    i, j = _pair_indices(m, with_z)
-    full[i, j] = full[j, i] = values
-    return full
+    return values[_positions(m, with_z)]
 
 
 @cache
-def _pair_indices(m: int, with_z: bool) -> tuple[np.ndarray, np.ndarray]:
+def _positions(m: int, with_z: bool) -> np.ndarray:
+    """Where the product of rows i and j stands among the pairs; 0 for the one that is not formed, mean by z."""
+    found = np.zeros((m + 1 + with_z, m + 1 + with_z), np.intp)
     i, j = np.transpose(_pairs(m, with_z))
-    return i, j
+    found[i, j] = found[j, i] = np.arange(i.size)
+    return found
 
 
 def _from_triangle(values: np.ndarray, rows: int) -> np.ndarray:
@@ -525,28 +525,23 @@ def _row_address(typingctx, table, k):
 def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out, compute: str) -> bool:
     """Write the combination to `out` (Rows of one row); False if any value written is not finite."""
     m, n = thetas.m, thetas.n
-    c = coefficients - np.add.reduce(coefficients) / m
-    tables = [thetas.table, grads.table]
-    if z is None:
-        weights = np.concatenate([1 / m - tau * c, -beta * (1 / m - c), [-beta]])
-    else:
-        weights = np.concatenate([c, -c, [0.0]])
-        tables.append(z.table)
-    table = np.concatenate(tables)
+    table = np.concatenate([thetas.table, grads.table] if z is None else [thetas.table, grads.table, z.table])
     others = m - 1 if m - 1 <= UNROLLED else -1
     kernel = _combine_kernel(others, thetas.dtype, compute, "mean" if z is None else "z")
     address = int(out.table[0])
     streamed = n * thetas.itemsize >= STREAMED_BYTES and address % 64 == 0
     count = blocks(n)
-    finite = np.ones(_combine_pieces(thetas, count), bool)
+    finite = [1] * _combine_pieces(thetas, count)
 
     def piece(index: int) -> None:
-        last = count - index * count // finite.size
-        first = count - (index + 1) * count // finite.size
-        finite[index] = kernel(others, m, table, weights, address, n, thetas.itemsize, first, last, streamed)
+        last = count - index * count // len(finite)
+        first = count - (index + 1) * count // len(finite)
+        finite[index] = kernel(
+            others, m, table, coefficients, tau, beta, address, n, thetas.itemsize, first, last, streamed
+        )
 
-    threads.parallel_for(piece, finite.size)
-    return bool(finite.all())
+    threads.parallel_for(piece, len(finite))
+    return all(finite)
 
 
 def _combine_pieces(thetas, count: int) -> int:
@@ -559,15 +554,19 @@ def _combine_pieces(thetas, count: int) -> int:
 def _combine_kernel(others: int, storage: str, compute: str, base: str):
     """Compiled for exactly `others` rows beside the first; −1 stands for any number of them."""
     count = types.literal(others) if others >= 0 else INT
-    return specialised(_combine_run, (storage, compute, base), (count, INT, INTS, FLOATS, INT, INT, INT, INT, INT, INT))
+    arguments = (count, INT, INTS, FLOATS, FLOAT, FLOAT, INT, INT, INT, INT, INT, INT)
+    return specialised(_combine_run, (storage, compute, base), arguments)
 
 
 @jit
-def _combine_run(storage, compute, base, build, others, m, table, weights, out, n, itemsize, first, last, streamed):
+def _combine_run(
+    storage, compute, base, build, others, m, table, c, tau, beta, out, n, itemsize, first, last, streamed
+):
     work = np.empty(BLOCK * 8 + 64, np.uint8)
     scratch = (_address(work) + 63) & ~63
-    finite = 1
+    weights = _weights(base, c, tau, beta)
     factors = _address(weights)
+    finite = 1
     for block in range(last - 1, first - 1, -1):
         offset, length = block * BLOCK, n - block * BLOCK
         target = out + offset * itemsize
@@ -612,7 +611,25 @@ def _combine_run(storage, compute, base, build, others, m, table, weights, out, 
                 scratch,
             )
     _keep(work)
+    _keep(weights)
     return finite
+
+
+@jit
+def _weights(base, c, tau, beta):
+    """p, q and the factor of g_0, after c has been made to sum to zero."""
+    m = c.size
+    mean = c.sum() / m
+    weights = np.empty(2 * m + 1)
+    for k in range(m):
+        if base == "mean":
+            weights[k] = 1 / m - tau * (c[k] - mean)
+            weights[m + k] = beta * (c[k] - mean - 1 / m)
+        else:
+            weights[k] = c[k] - mean
+            weights[m + k] = mean - c[k]
+    weights[2 * m] = -beta
+    return weights
 
 
 def _combine_block(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
