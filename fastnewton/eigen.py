@@ -1,13 +1,14 @@
 """Everything of size m × m, in float64: projection, eigenproblem, cutoff, coefficients, caps on the step length."""
 
 import math
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from fastnewton.arrays import EPS
+from fastnewton.kernels import spectrum as small
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Gram:
     @cached_property
     def is_finite(self) -> bool:
         """Whether the products of the gradients are finite."""
-        return math.isfinite(self.norm2) and bool(np.isfinite(self.matrix).all() and np.isfinite(self.projection).all())
+        return all(map(math.isfinite, (self.norm2, *self.projection.tolist()))) and small.is_finite(self.matrix)
 
     @cached_property
     def of_thetas_is_finite(self) -> bool:
         """Whether the products of the thetas are finite; true where none were given."""
-        return self.theta_matrix is None or bool(np.isfinite(self.theta_matrix).all())
+        return self.theta_matrix is None or small.is_finite(self.theta_matrix)
 
 
 @dataclass(frozen=True)
@@ -76,24 +77,20 @@ class Spectrum:
 
 def projected(raw: Any, dtype: str) -> Gram:
     """The kernels' sums as a Gram: K ← CKC, b ← Cb, which removes the rounding of ḡ from the direction (1, …, 1)."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        found = Gram(
-            _centred(raw.matrix),
-            raw.projection - np.add.reduce(raw.projection) / raw.projection.size,
-            raw.norm2,
-            2 * EPS[dtype] * math.sqrt(raw.mean_norm2),
-        )
-        if raw.theta_matrix is None:
-            return found
-        return Gram(
-            found.matrix,
-            found.projection,
-            found.norm2,
-            found.floor,
-            _centred(raw.theta_matrix),
-            _centred(raw.cross_matrix),
-            2 * EPS[dtype] * math.sqrt(raw.theta_mean_norm2),
-        )
+    found = Gram(
+        small.centred(raw.matrix),
+        small.centred_vector(raw.projection),
+        raw.norm2,
+        2 * EPS[dtype] * math.sqrt(raw.mean_norm2),
+    )
+    if raw.theta_matrix is None:
+        return found
+    return replace(
+        found,
+        theta_matrix=small.centred(raw.theta_matrix),
+        cross_matrix=small.centred(raw.cross_matrix),
+        theta_floor=2 * EPS[dtype] * math.sqrt(raw.theta_mean_norm2),
+    )
 
 
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
@@ -102,18 +99,9 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     if not gram.is_finite:
         return Spectrum(np.full(m, np.nan), np.full((m, m), np.nan), 0, np.full(m, np.nan), 0.0)
     squares, vectors = np.linalg.eigh(gram.matrix)
-    vectors = vectors[:, ::-1]
-    sigma = np.sqrt(np.maximum(squares[::-1], 0.0))
-    largest = float(sigma[0])
-    least = max(cutoff * largest, gram.floor, math.sqrt(m * 2.0**-52) * largest)
-    rank = sum(value >= least and value > 0 for value in sigma[: m - 1].tolist())
-    if max_rank is not None:
-        rank = min(rank, max_rank)
-    leading, kept = vectors[:, :rank], sigma[:rank]
-    along = (leading.T @ gram.projection) / kept
-    c = leading @ (along / kept)
-    captured = min(1.0, float(along @ along) / gram.norm2) if gram.norm2 else 0.0
-    return Spectrum(sigma, vectors, rank, c - np.add.reduce(c) / m, captured)
+    largest_rank = m if max_rank is None else min(m, max_rank)
+    found = small.coefficients(squares, vectors, gram.projection, gram.norm2, cutoff, gram.floor, largest_rank)
+    return Spectrum(*found)
 
 
 def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:
@@ -133,15 +121,3 @@ def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:
     scale = 1.0 / found.singular_values[: found.rank][usable]
     squares = np.linalg.eigvalsh(scale[:, None] * moved[np.ix_(usable, usable)] * scale)
     return min(lr, float(np.sqrt(max(squares[0], 0.0))))
-
-
-def _centred(matrix: np.ndarray) -> np.ndarray:
-    """CMC for a square matrix M."""
-    c = _centring(matrix.shape[0])
-    return c @ matrix @ c
-
-
-@cache
-def _centring(m: int) -> np.ndarray:
-    """C = I − 11ᵀ/m."""
-    return np.eye(m) - 1.0 / m

@@ -23,11 +23,11 @@ from numba.extending import intrinsic, overload
 
 BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so it takes BLOCK/lanes ≤ 256 terms
 STRIP = 256  # coordinates of a block that stay in the first-level cache while the pairs are gone through
-STRAIGHT = 12  # up to this many workers, straight-line code for exactly m rows; above, square tiles of pairs
+STRAIGHT = 16  # up to this many workers, straight-line code for exactly m rows; above, square tiles of pairs
 TILE = 5 if REGISTERS == 32 else 3  # TILE² sums, TILE rows and a spare fill the registers
 ROW_GAP = 64  # bytes between rows of a centred tile, or they would all fall into one set of the cache
-UNROLLED = 16  # rows beside the first whose combination is one straight line
-GROUP = 8  # rows that are added per round above that
+UNROLLED = 8  # rows beside the first whose combination is one straight line
+GROUP = 4  # rows that are added per round above that: more at one spacing fight for the ways of the caches
 
 THREADED_BYTES = 1 << 22  # waking a thread takes about as long as reading this much
 THREADED_FLOPS = 1 << 24
@@ -218,6 +218,7 @@ def _gram_run(kind, storage, compute, with_z, build, m, table, n, itemsize, firs
         strips = min(length, BLOCK) // STRIP
         sums = _address(stack[height])
         _gram_block(kind, m, storage, compute, with_z, _address(here), offset, strips, scratch, sums)
+        _keep(here)
         _keep(padded)
         height += 1
         digit = block - first
@@ -579,6 +580,7 @@ def _combine_run(
                 others, storage, compute, base, "out", m, _address(here), factors, 0, length, rounded, scratch
             )
             _copy(target, rounded, length * itemsize)
+            _keep(here)
             _keep(padded)
         elif streamed:
             finite &= _combine_block(
