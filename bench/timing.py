@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHORTEST = 4e-3  # seconds; quicker tasks are called several times for one sample
+SHORTEST = 2e-2  # seconds; quicker tasks are called several times for one sample, since cores need 10 ms to speed up
 
 
 @dataclass(frozen=True)

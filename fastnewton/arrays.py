@@ -146,7 +146,7 @@ def _check_strides(array: np.ndarray, name: str) -> None:
             f"{name} must have rows at least n = {n} items apart; got a row stride of {array.strides[0]} bytes. "
             f"Make a contiguous copy, such as numpy.ascontiguousarray({name})"
         )
-    if array.size and array.ctypes.data % array.itemsize:
+    if not array.flags.aligned:
         raise ValueError(f"{name} must be aligned to its items of {array.itemsize} bytes; make a copy")
 
 

@@ -530,15 +530,17 @@ def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out
     others = m - 1 if m - 1 <= UNROLLED else -1
     kernel = _combine_kernel(others, thetas.dtype, compute, "mean" if z is None else "z")
     address = int(out.table[0])
-    streamed = n * thetas.itemsize >= STREAMED_BYTES and address % 64 == 0
-    count = blocks(n)
+    streamed = n * thetas.itemsize >= STREAMED_BYTES
+    # Stores that bypass the cache must be aligned: blocks then begin on cache lines, the first one before the array.
+    early = address // thetas.itemsize % (64 // thetas.itemsize) if streamed else 0
+    count = blocks(n + early)
     finite = [1] * _combine_pieces(thetas, count)
 
     def piece(index: int) -> None:
         last = count - index * count // len(finite)
         first = count - (index + 1) * count // len(finite)
         finite[index] = kernel(
-            others, m, table, coefficients, tau, beta, address, n, thetas.itemsize, first, last, streamed
+            others, m, table, coefficients, tau, beta, address, n, thetas.itemsize, early, first, last, streamed
         )
 
     threads.parallel_for(piece, len(finite))
@@ -555,13 +557,13 @@ def _combine_pieces(thetas, count: int) -> int:
 def _combine_kernel(others: int, storage: str, compute: str, base: str):
     """Compiled for exactly `others` rows beside the first; −1 stands for any number of them."""
     count = types.literal(others) if others >= 0 else INT
-    arguments = (count, INT, INTS, FLOATS, FLOAT, FLOAT, INT, INT, INT, INT, INT, INT)
+    arguments = (count, INT, INTS, FLOATS, FLOAT, FLOAT, INT, INT, INT, INT, INT, INT, INT)
     return specialised(_combine_run, (storage, compute, base), arguments)
 
 
 @jit
 def _combine_run(
-    storage, compute, base, build, others, m, table, c, tau, beta, out, n, itemsize, first, last, streamed
+    storage, compute, base, build, others, m, table, c, tau, beta, out, n, itemsize, early, first, last, streamed
 ):
     work = np.empty(BLOCK * 8 + 64, np.uint8)
     scratch = (_address(work) + 63) & ~63
@@ -569,7 +571,8 @@ def _combine_run(
     factors = _address(weights)
     finite = 1
     for block in range(last - 1, first - 1, -1):
-        offset, length = block * BLOCK, n - block * BLOCK
+        offset = max(0, block * BLOCK - early)
+        length = min(n, (block + 1) * BLOCK - early) - offset
         target = out + offset * itemsize
         if length < BLOCK:
             stride = (length * itemsize + 63) & ~63
