@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run_all(options: argparse.Namespace, console: Console) -> None:
     """`python -m bench`"""
     shapes = compare.curve(largest=20 if options.quick else 23)
-    steps = _measured(shapes, list(peers.installed()), 5 if options.quick else 7, console)
+    steps = _measured(shapes, list(peers.installed()), 5 if options.quick else 7, 8.0, console)
     picture = report.Picture("Time of a step against n", plots.step_time(steps, machine(), options.out))
     parts = [report.machine(machine(), steps), report.steps(steps, "One step, m = 8, float32", "n"), picture]
     for part in parts:
@@ -57,7 +57,7 @@ def run_peers(options: argparse.Namespace, console: Console) -> None:
     words = [""] if options.peers is None else [word.lower() for word in options.peers]
     chosen = [name for name in peers.installed() if any(word in name.lower() for word in words)]
     rounds = options.rounds or (5 if options.quick else 15)
-    steps = _measured([table[name] for name in options.shapes or table], chosen, rounds, console)
+    steps = _measured([table[name] for name in options.shapes or table], chosen, rounds, 60.0, console)
     parts = [
         report.machine(machine(), steps),
         report.steps(steps, "The step and its peers"),
@@ -90,14 +90,16 @@ DEFAULTS = {
 }
 
 
-def _measured(shapes: list[compare.Shape], chosen: list[str], rounds: int, console: Console) -> list[dict]:
+def _measured(
+    shapes: list[compare.Shape], chosen: list[str], rounds: int, limit: float, console: Console
+) -> list[dict]:
     with _progress(console, len(shapes) * rounds) as (say, advance):
         say("ceilings")
         read_ceiling()
         rows = []
         for shape in shapes:
             say(shape.label)
-            rows.append(compare.measure(shape, rounds=rounds, chosen=chosen, after_round=advance))
+            rows.append(compare.measure(shape, rounds=rounds, limit=limit, chosen=chosen, after_round=advance))
     return rows
 
 

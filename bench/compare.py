@@ -66,8 +66,11 @@ def curve(m: int = 8, largest: int = 23) -> list[Shape]:
     return [Shape(m, n) for n in sizes]
 
 
-def measure(shape: Shape, *, rounds: int, chosen: Iterable[str], after_round: Callable[[], None]) -> dict:
-    """Time the step, the ceilings and the chosen peers in turn; a row of the table as a dictionary."""
+def measure(shape: Shape, *, rounds: int, limit: float, chosen: Iterable[str], after_round: Callable[[], None]) -> dict:
+    """Time the step, the ceilings and the chosen peers in turn; a row of the table as a dictionary.
+
+    Beyond `limit` seconds there are fewer rounds.
+    """
     read, gemm = read_ceiling(), gemm_ceiling(shape.dtype)
     runs, errors = _prepared(shape, chosen)
     tasks = {READ: read, STEP: runs.pop(STEP), GEMM: gemm} | runs
@@ -77,7 +80,13 @@ def measure(shape: Shape, *, rounds: int, chosen: Iterable[str], after_round: Ca
         read()
 
     samples = interleaved(
-        tasks, rounds=rounds, budget=PEER_BUDGET, unlimited=OURS, before=before, after_round=after_round
+        tasks,
+        rounds=rounds,
+        budget=PEER_BUDGET,
+        limit=limit,
+        unlimited=OURS,
+        before=before,
+        after_round=after_round,
     )
     bandwidth, rate = read.bytes / samples[READ].median, gemm.flops / samples[GEMM].median
     least = roofline.seconds(shape.m, shape.n, roofline.ITEMSIZE[shape.dtype], bandwidth, rate)

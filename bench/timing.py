@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SHORTEST = 2e-2  # seconds; quicker tasks are called several times for one sample, since cores need 10 ms to speed up
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def interleaved(
     *,
     rounds: int,
     budget: float = float("inf"),
+    limit: float = float("inf"),
     unlimited: Collection[str] = (),
     before: Callable[[], None] = lambda: None,
     after_round: Callable[[], None] = lambda: None,
@@ -46,14 +48,19 @@ def interleaved(
     """Time every task once a round, in the order given; each has run before, so nothing is compiled now.
 
     `before` is called before each task, `after_round` after each round.  A task that has used up `budget` seconds
-    is left out of further rounds, unless it is among the unlimited.
+    is left out of further rounds, unless it is among the unlimited.  Beyond `limit` seconds in all, further rounds
+    are skipped, except for the first LEAST_ROUNDS.
     """
+    end = time.perf_counter() + limit
     calls = {name: _calls(task) for name, task in tasks.items()}
     found: dict[str, list[float]] = {name: [] for name in tasks}
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
+            if number >= LEAST_ROUNDS and time.perf_counter() > end:
+                after_round()
+                continue
             for name, task in tasks.items():
                 spent = sum(found[name]) * calls[name]
                 if not found[name] or spent < budget or name in unlimited:
