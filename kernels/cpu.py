@@ -78,24 +78,23 @@ def gram_parts(grads, z=None, thetas=None, *, compute: str, first: int = 0, last
     """
     m, n = grads.m, grads.n
     last = blocks(n) if last is None else last
-    passes = [(_gram_kernel(m if m <= STRAIGHT else 0, grads.dtype, compute, z is not None), grads.table)]
-    if z is not None:
-        passes[0] = (passes[0][0], np.concatenate([grads.table, z.table]))
+    table = grads.table if z is None else np.concatenate([grads.table, z.table])
+    passes = [(_gram_kernel(m if m <= STRAIGHT else 0, grads.dtype, compute, z is not None), table)]
     if thetas is not None:
         passes.append((_pair_kernel(grads.dtype, compute), np.concatenate([thetas.table, grads.table])))
-    sizes = [_gram_size(m, z is not None), _pair_size(m)][: len(passes)]
     pieces = tree.subtrees(first, last, blocks(n), _piece_level(grads, last - first))
-    values = np.empty((len(pieces), sum(sizes)))
+    places = np.array(pieces, np.int64).reshape(-1, 2)
+    sums = [np.empty((len(pieces), size)) for size in (_gram_size(m, z is not None), _pair_size(m))[: len(passes)]]
+    taken = np.zeros((len(passes), 1), np.int64)
 
-    def piece(index: int) -> None:
-        start, level = pieces[index]
-        stop, at = min(start + (1 << level), last), 0
-        for (kernel, table), size in zip(passes, sizes, strict=True):
-            kernel(m, table, n, grads.itemsize, start, stop, values[index, at : at + size])
-            at += size
+    def work() -> None:
+        for (kernel, table), result, counter in zip(passes, sums, taken, strict=True):
+            kernel(m, table, n, grads.itemsize, places, last, counter, result)
 
-    threads.parallel_for(piece, len(pieces))
-    parts = [tree.Part(*where, sums) for where, sums in zip(pieces, values, strict=True)]
+    if pieces:
+        threads.on_threads(work, len(pieces))
+    values = sums[0] if len(sums) == 1 else np.hstack(sums)
+    parts = [tree.Part(*where, row) for where, row in zip(pieces, values, strict=True)]
     return parts if len(parts) == 1 else tree.merged(parts, first, last, blocks(n))
 
 
@@ -197,40 +196,58 @@ def _pair_kernel(storage: str, compute: str):
     return specialised(_gram_run, ("pair", storage, compute, 0), (INT, *_GRAM_ARGUMENTS))
 
 
-_GRAM_ARGUMENTS = (INTS, INT, INT, INT, INT, FLOATS)
+_GRAM_ARGUMENTS = (INTS, INT, INT, types.Array(INT, 2, "C"), INT, INTS, types.Array(FLOAT, 2, "C"))
 
 
 @jit
-def _gram_run(kind, storage, compute, with_z, build, m, table, n, itemsize, first, last, total):
-    """Add the parts of blocks first … last−1 in a binary counter, whose digits are complete subtrees."""
+def _gram_run(kind, storage, compute, with_z, build, m, table, n, itemsize, pieces, last, taken, sums):
+    """The sums over those pieces, (start, level) of subtrees, that no other thread has taken.
+
+    The blocks' parts are added in a binary counter, whose digits are complete subtrees.
+    """
     work = np.zeros(_work_bytes(compute, table.size + m), np.uint8)
     scratch = (_address(work) + 63) & ~63
-    stack = np.empty((_digits(last - first) + 1, total.size))
+    stack = np.empty((_digits(last) + 1, sums.shape[1]))
     padded = np.empty(0, np.uint8)
-    height = 0
-    for block in range(first, last):
-        here, offset, length = table, block * BLOCK, n - block * BLOCK
-        if length < BLOCK:
-            strips = (length + STRIP - 1) // STRIP
-            here, padded = np.empty_like(table), np.zeros(table.size * strips * STRIP * itemsize, np.uint8)
-            _copy_rows(table, here, offset * itemsize, length * itemsize, strips * STRIP * itemsize, padded)
-            offset, length = 0, strips * STRIP
-        strips = min(length, BLOCK) // STRIP
-        sums = _address(stack[height])
-        _gram_block(kind, m, storage, compute, with_z, _address(here), offset, strips, scratch, sums)
-        _keep(here)
-        _keep(padded)
-        height += 1
-        digit = block - first
-        while digit & 1:
+    index = _take(_address(taken))
+    while index < len(pieces):
+        first, level = pieces[index]
+        height = 0
+        for block in range(first, min(first + (1 << level), last)):
+            here, offset, length = table, block * BLOCK, n - block * BLOCK
+            if length < BLOCK:
+                strips = (length + STRIP - 1) // STRIP
+                here, padded = np.empty_like(table), np.zeros(table.size * strips * STRIP * itemsize, np.uint8)
+                _copy_rows(table, here, offset * itemsize, length * itemsize, strips * STRIP * itemsize, padded)
+                offset, length = 0, strips * STRIP
+            strips = min(length, BLOCK) // STRIP
+            sums_ = _address(stack[height])
+            _gram_block(kind, m, storage, compute, with_z, _address(here), offset, strips, scratch, sums_)
+            _keep(here)
+            _keep(padded)
+            height += 1
+            digit = block - first
+            while digit & 1:
+                height -= 1
+                _add_to(stack[height - 1], stack[height])
+                digit >>= 1
+        while height > 1:
             height -= 1
             _add_to(stack[height - 1], stack[height])
-            digit >>= 1
-    while height > 1:
-        height -= 1
-        _add_to(stack[height - 1], stack[height])
-    total[:] = stack[0]
+        sums[index] = stack[0]
+        index = _take(_address(taken))
     _keep(work)
+
+
+@intrinsic
+def _take(typingctx, counter):
+    """The number at an address, which is one larger afterwards: no two threads get the same."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return INT(counter), codegen
 
 
 @jit
@@ -534,17 +551,13 @@ def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out
     # Stores that bypass the cache must be aligned: blocks then begin on cache lines, the first one before the array.
     early = address // thetas.itemsize % (64 // thetas.itemsize) if streamed else 0
     count = blocks(n + early)
-    finite = [1] * _combine_pieces(thetas, count)
+    pieces = _combine_pieces(thetas, count)
+    taken = np.zeros(1, np.int64)
 
-    def piece(index: int) -> None:
-        last = count - index * count // len(finite)
-        first = count - (index + 1) * count // len(finite)
-        finite[index] = kernel(
-            others, m, table, coefficients, tau, beta, address, n, thetas.itemsize, early, first, last, streamed
-        )
+    def work() -> int:
+        return kernel(others, m, table, coefficients, tau, beta, address, n, early, count, pieces, taken, streamed)
 
-    threads.parallel_for(piece, len(finite))
-    return all(finite)
+    return all(threads.on_threads(work, pieces))
 
 
 def _combine_pieces(thetas, count: int) -> int:
@@ -557,64 +570,46 @@ def _combine_pieces(thetas, count: int) -> int:
 def _combine_kernel(others: int, storage: str, compute: str, base: str):
     """Compiled for exactly `others` rows beside the first; −1 stands for any number of them."""
     count = types.literal(others) if others >= 0 else INT
-    arguments = (count, INT, INTS, FLOATS, FLOAT, FLOAT, INT, INT, INT, INT, INT, INT, INT)
-    return specialised(_combine_run, (storage, compute, base), arguments)
+    arguments = (count, INT, INTS, FLOATS, FLOAT, FLOAT, INT, INT, INT, INT, INT, INTS, INT)
+    return specialised(_combine_run, (storage, compute, base, ITEMSIZE[storage]), arguments)
 
 
 @jit
 def _combine_run(
-    storage, compute, base, build, others, m, table, c, tau, beta, out, n, itemsize, early, first, last, streamed
+    storage, compute, base, size, build, others, m, table, c, tau, beta, out, n, early, count, pieces, taken, streamed
 ):
+    """Those pieces of the blocks that no other thread has taken, the last first; 1 if all of them are finite."""
     work = np.empty(BLOCK * 8 + 64, np.uint8)
     scratch = (_address(work) + 63) & ~63
     weights = _weights(base, c, tau, beta)
-    factors = _address(weights)
+    factors, rows = _address(weights), _address(table)
     finite = 1
-    for block in range(last - 1, first - 1, -1):
-        offset = max(0, block * BLOCK - early)
-        length = min(n, (block + 1) * BLOCK - early) - offset
-        target = out + offset * itemsize
-        if length < BLOCK:
-            stride = (length * itemsize + 63) & ~63
-            here, padded = np.empty_like(table), np.zeros((table.size + 1) * stride, np.uint8)
-            _copy_rows(table, here, offset * itemsize, length * itemsize, stride, padded)
-            rounded = _address(padded) + table.size * stride
-            finite &= _combine_block(
-                others, storage, compute, base, "out", m, _address(here), factors, 0, length, rounded, scratch
-            )
-            _copy(target, rounded, length * itemsize)
-            _keep(here)
-            _keep(padded)
-        elif streamed:
-            finite &= _combine_block(
-                others,
-                storage,
-                compute,
-                base,
-                "stream",
-                m,
-                _address(table),
-                factors,
-                offset,
-                BLOCK,
-                target,
-                scratch,
-            )
-        else:
-            finite &= _combine_block(
-                others,
-                storage,
-                compute,
-                base,
-                "out",
-                m,
-                _address(table),
-                factors,
-                offset,
-                BLOCK,
-                target,
-                scratch,
-            )
+    index = _take(_address(taken))
+    while index < pieces:
+        for block in range(count - index * count // pieces - 1, count - (index + 1) * count // pieces - 1, -1):
+            offset = max(0, block * BLOCK - early)
+            length = min(n, (block + 1) * BLOCK - early) - offset
+            target = out + offset * size
+            if length < BLOCK:
+                stride = (length * size + 63) & ~63
+                here, padded = np.empty_like(table), np.zeros((table.size + 1) * stride, np.uint8)
+                _copy_rows(table, here, offset * size, length * size, stride, padded)
+                rounded = _address(padded) + table.size * stride
+                finite &= _combine_block(
+                    others, storage, compute, base, "out", m, _address(here), factors, 0, length, rounded, scratch
+                )
+                _copy(target, rounded, length * size)
+                _keep(here)
+                _keep(padded)
+            elif streamed:
+                finite &= _combine_block(
+                    others, storage, compute, base, "stream", m, rows, factors, offset, BLOCK, target, scratch
+                )
+            else:
+                finite &= _combine_block(
+                    others, storage, compute, base, "out", m, rows, factors, offset, BLOCK, target, scratch
+                )
+        index = _take(_address(taken))
     _keep(work)
     _keep(weights)
     return finite

@@ -1,4 +1,4 @@
-"""A few threads that share out independent pieces of work.
+"""A few threads that share out the pieces of one pass.
 
 The kernels release the GIL, so Python's own threads are enough: no OpenMP library, no threading layer to choose,
 safe under concurrent callers, and forked children start with a fresh pool.
@@ -6,10 +6,12 @@ safe under concurrent callers, and forked children start with a fresh pool.
 
 import contextlib
 import contextvars
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("fastnewton_thread_limit", default=None)
 _pool: ThreadPoolExecutor | None = None
@@ -46,24 +48,19 @@ def set_thread_limit(threads: int) -> Iterator[None]:
         _limit.reset(token)
 
 
-def parallel_for(task: Callable[[int], None], count: int) -> None:
-    """Call task(0) … task(count−1), shared out over thread_count() threads, the calling one among them."""
-    if count == 1:
-        return task(0)
-    indices = itertools.count()  # next() on it is atomic
+def on_threads(task: Callable[[], T], most: int) -> list[T]:
+    """Call task() on thread_count() threads, at most `most`, the calling one among them; what they returned.
 
-    def work() -> None:
-        while (index := next(indices)) < count:
-            task(index)
-
-    helpers = [_executor().submit(work) for _ in range(min(thread_count(), count) - 1)]
+    The task finds its share of the work by itself: threads may start late, or never where nothing is left to do.
+    """
+    if most == 1:
+        return [task()]
+    helpers = [_executor().submit(task) for _ in range(min(thread_count(), most) - 1)]
     try:
-        work()
+        found = [task()]
     finally:
-        # A helper that has not started by now would find nothing to do.
-        started = [helper for helper in helpers if not helper.cancel()]
-        for helper in started:
-            helper.result()
+        others = [helper.result() for helper in helpers if not helper.cancel()]
+    return found + others
 
 
 def _executor() -> ThreadPoolExecutor:
