@@ -12,9 +12,9 @@ def foreign_launcher(environment: Mapping[str, str], size: int | None) -> str | 
     for name in _SIZE_VARIABLES:
         text = environment.get(name, "")
         if text.isdigit() and int(text) > 1:
-            seen = "the communicator has 1" if size == 1 else "MPI is not initialised in this one"
-            return (
-                f"{name}={text} says that {text} processes were started, but {seen}: "
-                "use the mpiexec of the MPI library that mpi4py was built for"
-            )
+            started = f"{name}={text} says that {text} processes were started"
+            remedy = "use the mpiexec of the MPI library that mpi4py was built for"
+            if size is None:
+                return f"{started}; MPI is not initialised in this one. Should its communicators have 1 rank: {remedy}"
+            return f"{started}, but the communicator has 1: {remedy}"
     return None

@@ -80,8 +80,12 @@ class DistNewton:
         nonfinite: str = "raise",
         exchange: str = "allgather",
     ):
-        if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an intracommunicator of mpi4py; got {type(comm).__name__}")
+        if comm == MPI.COMM_NULL:
+            raise ValueError("comm must be a valid communicator; got the null communicator, as after Free()")
+        if comm.size > arrays.MAX_WORKERS:
+            raise ValueError(f"comm must have at most {arrays.MAX_WORKERS} ranks; got {comm.size}")
         self._comm = comm.Dup()
         self._agreed: tuple[int, str] | None = None
 
@@ -90,7 +94,11 @@ class DistNewton:
             return arrays.real(lr, "lr"), Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
 
         settled, problem = _attempt(settle)
-        self._raise_first(problem)
+        try:
+            self._raise_first(problem)
+        except Exception:
+            self._comm.Free()  # all ranks are here
+            raise
         self._lr, self._options = settled
         self._digest = hashlib.sha256(repr((self._lr, self._options, exchange)).encode()).digest()[:8]
         self._threads = _share_of_cores(self._comm)
@@ -150,6 +158,8 @@ class DistNewton:
         """Rows of one row, the output and this step's lr."""
         first, second = arrays.single(theta, "theta"), arrays.single(grad, "grad")
         arrays.check_alike(second, "grad", first, "theta")
+        if second.n != first.n:
+            raise ValueError(f"grad must have the length {first.n} of theta; got {second.n}")
         if self._agreed is not None:
             n, dtype = self._agreed
             if (first.n, first.dtype) != (n, dtype):
@@ -210,26 +220,26 @@ class DistNewton:
         theta_on_its_way = self._comm.Iallgather([mine[0], n, kind], [self._stack_t, n, kind])
         self._comm.Allgather([mine[1], n, kind], [self._stack_g, n, kind])
         theta_on_its_way.Wait()
-        info = self._round(np.arange(self._comm.size), mine, tau, target, problem)
+        info = self._round(np.arange(self._comm.size), tau, target, problem)
         return target.finish(), info
 
-    def _round(self, workers: np.ndarray, mine: list, tau: float, target: Any, problem: Any) -> StepInfo:
+    def _round(self, workers: np.ndarray, tau: float, target: Any, problem: Any) -> StepInfo:
         """The step of these workers, as `fastnewton.method` takes it; collective."""
         dtype, options = self._agreed[1], self._options
         thetas, grads = (_rows_of(stack, dtype).only(workers) for stack in (self._stack_t, self._stack_g))
         compute = options.compute(dtype)
         decided = self._decide(thetas, grads, tau, compute, problem)
         if decided is None:
-            if bad := self._nonfinite_workers(workers, mine, dtype):
-                return self._without(bad, workers, mine, tau, target)
+            if bad := self._nonfinite_workers(workers):
+                return self._without(bad, workers, tau, target)
             decided = self._decide(thetas, grads, tau, "float64", None)
             if decided is None:
                 raise NonFiniteError.overflow()
         finite = combined(thetas, grads, decided, options, target.rows, compute)
         if finite or options.nonfinite == "propagate":
             return decided
-        if bad := self._nonfinite_workers(workers, mine, dtype):
-            return self._without(bad, workers, mine, tau, target)
+        if bad := self._nonfinite_workers(workers):
+            return self._without(bad, workers, tau, target)
         if not combined(thetas, grads, decided, options, target.rows, "float64"):
             raise NonFiniteError.overflow()
         return decided
@@ -289,17 +299,19 @@ class DistNewton:
             for place, values in zip(own, piece[1:].reshape(len(own), width), strict=True)
         ]
 
-    def _nonfinite_workers(self, workers: np.ndarray, mine: list, dtype: str) -> list[int]:
+    def _nonfinite_workers(self, workers: np.ndarray) -> list[int]:
         """Collective: those of the workers whose own θ or g is not finite."""
-        own = [_rows_of(row[None], dtype) for row in mine]
+        # The rows as they were sent: with out=theta the caller's θ may be overwritten by now.
+        here = slice(self._comm.rank, self._comm.rank + 1)
+        own = [_rows_of(stack[here], self._agreed[1]) for stack in (self._stack_t, self._stack_g)]
         flags = np.zeros(self._comm.size, np.int8)
         self._comm.Allgather(np.array([bool(arrays.nonfinite_workers(*own))], np.int8), flags)
         return [int(k) for k in workers if flags[k]]
 
-    def _without(self, bad: list[int], workers: np.ndarray, mine: list, tau: float, target: Any) -> StepInfo:
+    def _without(self, bad: list[int], workers: np.ndarray, tau: float, target: Any) -> StepInfo:
         if self._options.nonfinite == "raise" or len(bad) == workers.size:
             raise NonFiniteError.of(bad)
-        info = self._round(np.setdiff1d(workers, bad), mine, tau, target, None)
+        info = self._round(np.setdiff1d(workers, bad), tau, target, None)
         return dataclasses.replace(info, dropped=tuple(bad))
 
 

@@ -1,0 +1,740 @@
+"""What holds for `fastnewton.mpi` with any number of ranks: run by test_mpi.py under mpiexec, on every rank.
+
+    mpiexec -n K python -m mpi4py tests/mpi_checks.py [--limit SECONDS] [check_…]
+
+Every check takes a communicator.  What a rank finds wrong it tells the others first (`expect`), so that all ranks leave
+a failing check together and the next one can run.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import traceback
+import warnings
+from unittest import mock
+
+import numpy as np
+from fastnewton.kernels import threads
+from mpi4py import MPI
+from problems import DTYPES, Quadratic
+
+import fastnewton as fn
+import fastnewton.mpi
+from fastnewton.mpi import DistNewton
+
+LENGTHS = (0, 1, 7, 1023, 1025, 5000)  # around the blocks of 1,024 coordinates: fewer than ranks, uneven, cut short
+STRAGGLE = 30  # seconds that the others get to finish a check in which one rank has failed
+
+
+class Skipped(Exception):
+    """A check that this environment cannot run."""
+
+
+# -- helpers ------------------------------------------------------------------------------------------------
+
+
+def expect(comm, *wrong):
+    """Fail on all ranks if one of them says what is wrong: a false value is nothing wrong."""
+    every = comm.allgather([str(each) for each in wrong if each])
+    found = [f"rank {rank}: {'; '.join(own)}" for rank, own in enumerate(every) if own]
+    assert not found, "\n".join(found)
+
+
+def expect_same(comm, what, value):
+    """Fail on all ranks unless the value is the same on all of them."""
+    every = comm.allgather(value)
+    assert every.count(every[0]) == len(every), f"{what} differs between ranks: {every}"
+
+
+def data(comm, n, dtype=np.float64, seed=0, m=None):
+    """(thetas, grads), each (m, n), the same on all ranks; the gradients' sizes fall by 8, so that cutoffs matter."""
+    m = comm.size if m is None else m
+    thetas, grads = np.random.default_rng([seed, n]).standard_normal((2, m, n))
+    return thetas.astype(dtype), (grads * 8.0 ** -np.arange(m)[:, None]).astype(dtype)
+
+
+def raw(array):
+    """The bytes of an array of any library."""
+    if type(array).__module__ == "torch":
+        array = array.view(getattr(sys.modules["torch"], f"uint{8 * array.element_size()}")).numpy()
+    return np.asarray(array).tobytes()
+
+
+def fields(info):
+    """A StepInfo's fields, numbers as bytes: NaN equals itself."""
+    numbers = ("singular_values", "coefficients", "lr", "captured")
+    return {
+        name: np.asarray(value).tobytes() if name in numbers else value
+        for name, value in ((field.name, getattr(info, field.name)) for field in dataclasses.fields(info))
+    }
+
+
+def expect_step(comm, what, given, wanted):
+    """Fail unless (θ_new, info) is `wanted`, bit by bit, here and on every other rank."""
+    (theta, info), (wanted_theta, wanted_info) = given, wanted
+    mine, reference = fields(info), fields(wanted_info)
+    differ = [name for name in reference if mine[name] != reference[name]]
+    expect(
+        comm,
+        type(theta) is not type(wanted_theta) and f"{what}: a {type(theta)}",
+        (theta.dtype, theta.shape) != (wanted_theta.dtype, wanted_theta.shape)
+        and f"{what}: shape {theta.shape}, {theta.dtype}",
+        raw(theta) != raw(wanted_theta) and f"{what}: θ_new is not that of fn.step",
+        differ and f"{what}: {differ} not those of fn.step: {info}, {wanted_info}",
+    )
+    expect_same(comm, f"{what}: θ_new", hashlib.sha256(raw(theta)).hexdigest())
+    expect_same(comm, f"{what}: info", repr(mine))
+
+
+def raised(comm, what, task):
+    """The error that the task raises: type and message, the same on all ranks."""
+    try:
+        task()
+    except Exception as error:
+        found = type(error), str(error), getattr(error, "workers", None)
+    else:
+        found = None
+    every = comm.allgather(found)
+    assert None not in every, f"{what}: no error on ranks {[k for k, each in enumerate(every) if each is None]}"
+    expect_same(comm, what, found)
+    return found
+
+
+def expect_error(comm, what, task, kind, *words):
+    """Fail unless the task raises this error on all ranks, with these words in the message."""
+    found, message, _ = raised(comm, what, task)
+    missing = [word for word in words if word not in message]
+    assert found is kind, f"{what}: {found.__name__}: {message}"
+    assert not missing, f"{what}: {missing} not in {message!r}"
+
+
+def ranks_of(comm):
+    """A few ranks on which something is wrong."""
+    return sorted({0, comm.size // 2, comm.size - 1})
+
+
+def expect_usable(comm, what, newton, n, dtype=np.float64, **options):
+    """Fail unless the next step is as it should be."""
+    thetas, grads = data(comm, n, dtype, seed=99)
+    given = newton.step(thetas[comm.rank], grads[comm.rank])
+    expect_step(comm, f"the step after {what}", given, fn.step(thetas, grads, **options))
+
+
+@contextlib.contextmanager
+def duplicates_counted(comm):
+    """Count how often the communicator is duplicated and how many duplicates are freed."""
+    counts = {"made": 0, "freed": 0}
+
+    def copied(_comm, _key, value):
+        counts["made"] += 1
+        return value
+
+    def deleted(_comm, _key, _value):
+        counts["freed"] += 1
+
+    key = MPI.Comm.Create_keyval(copied, deleted)
+    comm.Set_attr(key, "here")
+    try:
+        yield counts
+    finally:
+        comm.Delete_attr(key)
+        MPI.Comm.Free_keyval(key)
+
+
+# -- the result ---------------------------------------------------------------------------------------------
+
+
+def check_bits_are_those_of_one_process(comm):
+    for dtype in DTYPES.values():
+        for n in LENGTHS:
+            thetas, grads = data(comm, n, dtype)
+            with DistNewton(comm, lr=0.5) as newton:
+                given = newton.step(thetas[comm.rank], grads[comm.rank])
+            expect_step(comm, f"{dtype} n={n}", given, fn.step(thetas, grads, lr=0.5))
+
+
+def check_every_option_has_its_effect(comm):
+    every = [
+        {"cutoff": 1e-5},
+        {"cutoff": 0.9},
+        {"max_rank": 0},
+        {"max_rank": 1},
+        {"lr_rest": 0.0},
+        {"lr_rest": 2.0, "max_rank": 1},
+        {"lr_cap": "sigma"},
+        {"lr_cap": "curvature"},
+        {"lr_cap": "curvature", "cutoff": 1e-5, "lr_rest": 0.25},
+        {"nonfinite": "drop"},
+        {"nonfinite": "propagate"},
+    ]
+    for dtype in (np.float32, np.float64):
+        thetas, grads = data(comm, 3000, dtype)
+        for options in every:
+            with DistNewton(comm, lr=7.0, **options) as newton:
+                given = newton.step(thetas[comm.rank], grads[comm.rank])
+            expect_step(comm, f"{np.dtype(dtype)} {options}", given, fn.step(thetas, grads, lr=7.0, **options))
+
+
+def check_results_outlive_later_steps(comm):
+    kept = []
+    with DistNewton(comm, lr=0.5, lr_cap="curvature") as newton:
+        for seed in range(3):
+            thetas, grads = data(comm, 1500, seed=seed)
+            given = newton.step(thetas[comm.rank], grads[comm.rank])
+            kept.append((given, fn.step(thetas, grads, lr=0.5, lr_cap="curvature")))
+    for seed, (given, wanted) in enumerate(kept):
+        expect_step(comm, f"step {seed}, looked at after the last", given, wanted)
+
+
+def check_inputs_are_not_written(comm):
+    thetas, grads = data(comm, 2000)
+    theta, grad = thetas[comm.rank].copy(), grads[comm.rank].copy()
+    theta.flags.writeable = grad.flags.writeable = False
+    with DistNewton(comm, lr=0.5) as newton:
+        given = newton.step(theta, grad)
+    expect_step(comm, "read-only input", given, fn.step(thetas, grads, lr=0.5))
+    expect(
+        comm, raw(theta) != raw(thetas[comm.rank]) and "θ changed", raw(grad) != raw(grads[comm.rank]) and "g changed"
+    )
+
+
+def check_out_is_what_comes_back(comm):
+    thetas, grads = data(comm, 1500, np.float32)
+    wanted = fn.step(thetas, grads, lr=0.5)
+    with DistNewton(comm, lr=0.5) as newton:
+        out = np.full(1500, 7, np.float32)
+        given = newton.step(thetas[comm.rank], grads[comm.rank], out=out)
+        expect(comm, given[0] is not out and "not out itself")
+        expect_step(comm, "out", given, wanted)
+        # Each rank's own business: only some hand one over.
+        out = out if comm.rank % 2 else None
+        expect_step(comm, "out on odd ranks", newton.step(thetas[comm.rank], grads[comm.rank], out=out), wanted)
+        theta = thetas[comm.rank].copy()
+        given = newton.step(theta, grads[comm.rank], out=theta)
+        expect(comm, given[0] is not theta and "not theta itself")
+        expect_step(comm, "out=theta", given, wanted)
+
+
+def check_rows_of_a_larger_array_are_taken(comm):
+    thetas, grads = data(comm, 1100)
+    wide = np.full((2, 3, 1200), np.nan)
+    wide[0, 1, 50:1150], wide[1, 1, 50:1150] = thetas[comm.rank], grads[comm.rank]
+    with DistNewton(comm, lr=0.5) as newton:
+        given = newton.step(wide[0, 1, 50:1150], wide[1, 1, 50:1150], out=wide[0, 2, 7:1107])
+    expect_step(comm, "rows of a larger array", given, fn.step(thetas, grads, lr=0.5))
+
+
+def check_torch_tensors(comm):
+    torch = _library("torch")
+    with DistNewton(comm, lr=0.5) as newton:
+        for seed in range(2):
+            thetas, grads = (torch.from_numpy(rows).bfloat16() for rows in data(comm, 1500, seed=seed))
+            out = torch.empty(1500, dtype=torch.bfloat16) if seed else None
+            given = newton.step(thetas[comm.rank], grads[comm.rank], out=out)
+            expect_step(comm, "bfloat16", given, fn.step(thetas, grads, lr=0.5))
+            expect(comm, seed and given[0] is not out and "not out itself")
+
+
+def check_jax_arrays(comm):
+    jax = _library("jax")
+    with DistNewton(comm, lr=0.5) as newton:
+        for seed in range(2):
+            thetas, grads = (jax.numpy.asarray(rows) for rows in data(comm, 1500, np.float32, seed=seed))
+            given = newton.step(thetas[comm.rank], grads[comm.rank])
+            expect_step(comm, "float32", given, fn.step(thetas, grads, lr=0.5))
+            expect(comm, not isinstance(given[0], jax.Array) and f"a {type(given[0])}")
+
+
+def _library(name):
+    if importlib.util.find_spec(name) is None:
+        raise Skipped(f"no {name}")
+    return importlib.import_module(name)
+
+
+def check_the_step_length_of_rank_0_counts(comm):
+    thetas, grads = data(comm, 1100)
+    with DistNewton(comm, lr=0.5) as newton:
+        for mine, counts in (
+            (0.25 * (1 + comm.rank), 0.25),
+            (None, 0.5),
+            (None if comm.rank == 0 else 3.0, 0.5),
+            (2.0 if comm.rank == 0 else None, 2.0),
+            (0, 0.0),
+        ):
+            given = newton.step(thetas[comm.rank], grads[comm.rank], lr=mine)
+            expect_step(comm, f"lr={counts}", given, fn.step(thetas, grads, lr=counts))
+
+
+def check_one_step_solves_a_quadratic(comm):
+    n = comm.size - 1  # as many directions as differences between workers
+    quadratic = Quadratic(np.random.default_rng(5), n, condition=10.0)
+    theta = quadratic.minimiser + np.random.default_rng([6, comm.rank]).standard_normal(n)
+    with DistNewton(comm, lr=1.0, cutoff=1e-6) as newton:
+        found, info = newton.step(theta, quadratic.gradient(theta))
+    # Random points, Hessian of condition 10: K loses at most 1e7 of float64's 1e16, squares included.
+    error = np.abs(found - quadratic.minimiser).max(initial=0.0)
+    expect(comm, info.rank != n and f"rank {info.rank}", not error < 1e-9 and f"off by {error}")
+
+
+def check_values_whose_squares_overflow(comm):
+    thetas, grads = data(comm, 1100, np.float32)
+    signs = (-1) ** np.arange(comm.size, dtype=np.float32)[:, None]
+    for what, first, second in (
+        ("g", thetas, grads * np.float32(1e20)),
+        ("θ and g", thetas * np.float32(1e20), grads * np.float32(1e20)),
+        ("differences of θ", np.full_like(thetas, 3e38) * signs, grads),  # seen by `combine` alone
+    ):
+        for options in ({}, {"lr_cap": "curvature"}):
+            wanted = fn.step(first, second, lr=1e-3, **options)
+            with DistNewton(comm, lr=1e-3, **options) as newton:
+                given = newton.step(first[comm.rank], second[comm.rank])
+                expect_step(comm, f"{what} {options}", given, wanted)
+                theta = first[comm.rank].copy()
+                expect_step(
+                    comm, f"{what} {options} out=theta", newton.step(theta, second[comm.rank], out=theta), wanted
+                )
+            expect(comm, not np.isfinite(given[0]).all() and f"{what}: not finite")
+
+
+def check_overflow_of_finite_input_is_an_error(comm):
+    thetas, grads = data(comm, 1100)
+    signs = (-1.0) ** np.arange(comm.size)[:, None]
+    for what, second, lr in (("products", 1.5e308 * signs * np.ones_like(grads), 2.0), ("result", grads, 1.5e308)):
+        task = functools.partial(DistNewton.step, theta=thetas[comm.rank], grad=second[comm.rank], lr=lr)
+        with DistNewton(comm, lr=2.0) as newton:
+            found = raised(comm, what, functools.partial(task, newton))
+            expected = _error_of_one_process(thetas, second, lr=lr)
+            expect(comm, found != expected and f"{found}, not {expected}", "overflow" not in found[1] and found[1])
+            expect_usable(comm, what, newton, 1100, lr=2.0)
+
+
+def _error_of_one_process(*arguments, **options):
+    try:
+        fn.step(*arguments, **options)
+    except fn.NonFiniteError as error:
+        return type(error), str(error), error.workers
+    return None
+
+
+# -- bad input ----------------------------------------------------------------------------------------------
+
+
+def _bad_inputs(theta, grad):
+    """What one rank may do wrong in any step: arguments of `step`, error, words of its message."""
+    longer = np.ones(theta.size + 1)
+    frozen = np.ones(theta.size)
+    frozen.flags.writeable = False
+    return {
+        "no array": ({"theta": "parameters"}, TypeError, "theta", "str"),
+        "None": ({"grad": None}, TypeError, "grad", "NoneType"),
+        "integers": ({"theta": theta.astype(np.int64), "grad": grad.astype(np.int64)}, TypeError, "theta", "int64"),
+        "dtypes of two kinds": ({"grad": grad.astype(np.float32)}, TypeError, "grad", "float32"),
+        "a matrix": ({"theta": theta[None]}, ValueError, "theta", "one-dimensional"),
+        "strided": ({"theta": np.repeat(theta, 2)[::2]}, ValueError, "theta", "unit stride"),
+        "g too short": ({"grad": grad[:-1]}, ValueError, "grad", f"{theta.size}", f"{theta.size - 1}"),
+        "g too long": ({"grad": longer}, ValueError, "grad", f"{theta.size}", f"{longer.size}"),
+        "negative lr": ({"lr": -1.0}, ValueError, "lr"),
+        "lr that is no number": ({"lr": "fast"}, TypeError, "lr"),
+        "out too long": ({"out": longer}, ValueError, "out"),
+        "out of another dtype": ({"out": np.ones(theta.size, np.float32)}, TypeError, "out", "float32"),
+        "out read-only": ({"out": frozen}, ValueError, "out", "writable"),
+        "out is grad": ({"grad": grad, "out": grad}, ValueError, "out", "overlap"),
+    }
+
+
+def _other_agreements(theta, grad):
+    """What is wrong only beside the other ranks or the steps before."""
+    single = {"theta": theta.astype(np.float32), "grad": grad.astype(np.float32), "out": None}
+    return {
+        "fewer parameters": ({"theta": theta[:-1], "grad": grad[:-1], "out": None}, ValueError, f"{theta.size - 1}"),
+        "no parameters": ({"theta": theta[:0], "grad": grad[:0], "out": None}, ValueError),
+        "another dtype": (single, ValueError, "float32", "float64"),
+    }
+
+
+def _expect_refusal(comm, what, newton, rank, case, thetas, grads, named=True):
+    """One rank hands over bad input: all raise its error, and nobody's `out` is written."""
+    arguments, kind, *words = case
+    out = np.full(thetas.shape[1], 7.0)
+    given = {"theta": thetas[comm.rank].copy(), "grad": grads[comm.rank].copy(), "out": out}
+    if comm.rank == rank:
+        given |= arguments
+    before = {name: raw(value) for name, value in given.items() if isinstance(value, np.ndarray)}
+    words = [f"rank {rank}:" if named else "rank", *words]
+    expect_error(comm, f"{what} on rank {rank}", lambda: newton.step(**given), kind, *words)
+    expect(comm, *(raw(given[name]) != bits and f"{what}: {name} was written" for name, bits in before.items()))
+
+
+def check_bad_input_in_the_first_step(comm):
+    thetas, grads = data(comm, 1100)
+    for rank in ranks_of(comm):
+        with DistNewton(comm, lr=0.5) as newton:
+            for what, case in _bad_inputs(thetas[comm.rank].copy(), grads[comm.rank].copy()).items():
+                _expect_refusal(comm, what, newton, rank, case, thetas, grads)
+            expect_usable(comm, "bad input", newton, 1100, lr=0.5)
+
+
+def check_bad_input_in_a_later_step(comm):
+    thetas, grads = data(comm, 1100)
+    theta, grad = thetas[comm.rank], grads[comm.rank]
+    with DistNewton(comm, lr=0.5) as newton:
+        expect_usable(comm, "nothing", newton, 1100, lr=0.5)
+        for rank in ranks_of(comm):
+            for what, case in {**_bad_inputs(theta.copy(), grad.copy()), **_other_agreements(theta, grad)}.items():
+                _expect_refusal(comm, what, newton, rank, case, thetas, grads)
+            expect_usable(comm, "bad input", newton, 1100, lr=0.5)
+
+
+def check_disagreement_in_the_first_step(comm):
+    thetas, grads = data(comm, 1100)
+    for rank in ranks_of(comm):
+        for what, case in _other_agreements(thetas[comm.rank], grads[comm.rank]).items():
+            with DistNewton(comm, lr=0.5) as newton:
+                if comm.size > 1:
+                    # Rank 0 sets the measure: where it is the odd one out, another rank is named.
+                    _expect_refusal(comm, what, newton, rank, case, thetas, grads, named=rank > 0)
+                expect_usable(comm, what, newton, 1100, lr=0.5)
+
+
+def check_errors_of_several_ranks_are_one(comm):
+    thetas, grads = data(comm, 1100)
+    lowest = min(1, comm.size - 1)
+    theta = thetas[comm.rank] if comm.rank < lowest else f"of rank {comm.rank}"
+    options = {} if comm.rank <= lowest else {"lr": -1.0}
+    with DistNewton(comm, lr=0.5) as newton:
+        for when in ("first", "later"):
+            task = functools.partial(newton.step, theta, grads[comm.rank], **options)
+            expect_error(comm, f"several errors in the {when} step", task, TypeError, f"rank {lowest}:", "str")
+            expect_usable(comm, "several errors", newton, 1100, lr=0.5)
+
+
+def check_options_must_agree(comm):
+    thetas, grads = data(comm, 100)
+    for name, common, other in (
+        ("lr", 0.5, 0.25),
+        ("cutoff", 0.1, 0.2),
+        ("max_rank", None, 1),
+        ("lr_rest", None, 0.5),
+        ("lr_cap", "sigma", "curvature"),
+        ("nonfinite", "drop", "raise"),
+    ):
+        mine = other if comm.rank == comm.size - 1 and comm.size > 1 else common
+        with DistNewton(comm, **{"lr": 0.5, name: mine}) as newton:
+            task = functools.partial(newton.step, thetas[comm.rank], grads[comm.rank])
+            if comm.size == 1:
+                task()
+                continue
+            for _ in range(2):  # it stays an error
+                expect_error(comm, name, task, ValueError, f"rank {comm.size - 1}:", "options")
+    # The same numbers written differently agree.
+    with DistNewton(comm, lr=1 if comm.rank else 1.0, max_rank=np.int64(1) if comm.rank else 1) as newton:
+        expect_usable(comm, "agreement", newton, 100, lr=1, max_rank=1)
+
+
+def check_bad_options_on_one_rank(comm):
+    for rank in ranks_of(comm):
+        for name, value, kind in (
+            ("lr", "fast", TypeError),
+            ("lr", float("nan"), ValueError),
+            ("cutoff", 1.5, ValueError),
+            ("max_rank", 1.0, TypeError),
+            ("lr_rest", -1, ValueError),
+            ("lr_cap", "none", ValueError),
+            ("nonfinite", "ignore", ValueError),
+            ("exchange", "carrier pigeon", ValueError),
+        ):
+            options = {"lr": 0.5} | ({name: value} if comm.rank == rank else {})
+            task = functools.partial(DistNewton, comm, **options)
+            expect_error(comm, f"{name}={value!r} on rank {rank}", task, kind, f"rank {rank}:", name)
+    with DistNewton(comm, lr=0.5) as newton:
+        expect_usable(comm, "bad options", newton, 100, lr=0.5)
+
+
+def check_what_is_no_communicator(comm):
+    freed = comm.Dup()
+    freed.Free()
+    for given in (None, 0, "world", MPI, MPI.COMM_NULL):
+        expect_error(comm, repr(given), lambda given=given: DistNewton(given, lr=0.5), TypeError, "comm")
+    expect_error(comm, "freed", lambda: DistNewton(freed, lr=0.5), ValueError, "comm", "null communicator")
+    if comm.size > 1:
+        group = comm.Split(comm.rank % 2)
+        between = group.Create_intercomm(0, comm, 1 - comm.rank % 2)
+        expect_error(comm, "two groups", lambda: DistNewton(between, lr=0.5), TypeError, "comm", "Intercomm")
+        between.Free()
+        group.Free()
+
+
+# -- NaN and infinity ---------------------------------------------------------------------------------------
+
+
+def _spoilt(comm, dtype, where, ranks, value, n=1100):
+    """The data with a value that is not finite in θ or g of some ranks."""
+    thetas, grads = data(comm, n, dtype)
+    for rank in ranks:
+        (thetas if where == "θ" else grads)[rank, n - 1 - rank] = value
+    return thetas, grads
+
+
+def _spoilt_problems(comm):
+    for dtype in (np.dtype(np.float32), DTYPES["bfloat16"]):
+        for where in ("θ", "g"):
+            for rank in ranks_of(comm):
+                for value in (np.nan, -np.inf):
+                    yield (
+                        f"{dtype} {value} in {where} of rank {rank}",
+                        rank,
+                        *_spoilt(comm, dtype, where, [rank], value),
+                    )
+
+
+def check_nonfinite_input_is_an_error_that_names_the_rank(comm):
+    for what, rank, thetas, grads in _spoilt_problems(comm):
+        with DistNewton(comm, lr=0.5) as newton:
+            for place in ("new", "out=theta"):
+                theta = thetas[comm.rank].copy()
+                out = theta if place == "out=theta" else None
+                found = raised(comm, what, functools.partial(newton.step, theta, grads[comm.rank], out=out))
+                expected = _error_of_one_process(thetas, grads, lr=0.5)
+                expect(comm, found != expected and f"{what}, {place}: {found}, not {expected}")
+                expect(comm, found[2] != (rank,) and f"{what}, {place}: {found[2]}")
+            expect_usable(comm, what, newton, thetas.shape[1], thetas.dtype, lr=0.5)
+
+
+def check_nonfinite_ranks_are_dropped(comm):
+    options = {"lr": 0.5, "nonfinite": "drop"}
+    for what, rank, thetas, grads in _spoilt_problems(comm):
+        healthy = [k for k in range(comm.size) if k != rank]
+        with DistNewton(comm, **options) as newton:
+            for place in ("new", "out=theta"):
+                theta = thetas[comm.rank].copy()
+                task = functools.partial(
+                    newton.step, theta, grads[comm.rank], out=theta if place == "out=theta" else None
+                )
+                if comm.size == 1:
+                    expect(comm, raised(comm, what, task)[0] is not fn.NonFiniteError and what)
+                    continue
+                given, info = task()
+                alone, info_alone = fn.step(thetas[healthy], grads[healthy], lr=0.5)
+                wanted = alone, dataclasses.replace(info_alone, dropped=(rank,))
+                expect_step(comm, f"{what}, {place}", (given, info), wanted)
+            expect_usable(comm, what, newton, thetas.shape[1], thetas.dtype, lr=0.5)
+
+
+def check_several_ranks_are_dropped(comm):
+    options = {"lr": 0.5, "nonfinite": "drop", "lr_cap": "curvature"}
+    for where in ("θ", "g"):
+        bad = list(range(comm.size - 1))  # all but the last
+        thetas, grads = _spoilt(comm, np.float64, where, bad, np.nan)
+        with DistNewton(comm, **options) as newton:
+            given = newton.step(thetas[comm.rank], grads[comm.rank])
+        expect_step(comm, where, given, fn.step(thetas, grads, **options))
+        expect(comm, given[1].dropped != tuple(bad) and f"{where}: {given[1].dropped}")
+
+
+def check_nothing_is_left_when_all_are_dropped(comm):
+    for where in ("θ", "g"):
+        thetas, grads = _spoilt(comm, np.float64, where, range(comm.size), np.nan)
+        with DistNewton(comm, lr=0.5, nonfinite="drop") as newton:
+            task = functools.partial(newton.step, thetas[comm.rank], grads[comm.rank])
+            kind, _, workers = raised(comm, where, task)
+            expect(comm, kind is not fn.NonFiniteError and kind, workers != tuple(range(comm.size)) and workers)
+            expect_usable(comm, "all ranks were bad", newton, thetas.shape[1], lr=0.5)
+
+
+def check_nan_propagates(comm):
+    options = {"lr": 0.5, "nonfinite": "propagate"}
+    for what, _, thetas, grads in _spoilt_problems(comm):
+        wanted, wanted_info = fn.step(thetas, grads, **options)
+        with DistNewton(comm, **options) as newton:
+            given, info = newton.step(thetas[comm.rank], grads[comm.rank])
+        lost, wanted_lost = np.isnan(given.astype(np.float64)), np.isnan(wanted.astype(np.float64))
+        expect(
+            comm,
+            (lost != wanted_lost).any() and f"{what}: {lost.sum()} NaN, not {wanted_lost.sum()}",
+            raw(given[~lost]) != raw(wanted[~wanted_lost]) and f"{what}: finite values differ",
+            info.rank != wanted_info.rank and f"{what}: rank {info.rank}",
+            info.dropped and f"{what}: dropped {info.dropped}",
+            np.isfinite(given.astype(np.float64)).all() and f"{what}: nothing propagated",
+        )
+
+
+# -- communicators ------------------------------------------------------------------------------------------
+
+
+def check_messages_of_the_caller_arrive(comm):
+    thetas, grads = data(comm, 1100)
+    after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    tags = (0, 1, 17, 32767)  # the standard's smallest upper bound
+    with DistNewton(comm, lr=0.5) as newton:
+        inbox = np.full(1, -1.0)
+        anything = comm.Irecv(inbox, MPI.ANY_SOURCE, MPI.ANY_TAG)  # would take a message of the step's own
+        given = newton.step(thetas[comm.rank], grads[comm.rank])
+        early = anything.Test()
+        comm.Barrier()  # all have looked
+        sent = comm.Isend(np.array([100.0 + comm.rank]), after, 3)
+        MPI.Request.Waitall([anything, sent])
+        pending = [comm.isend((comm.rank, tag), after, tag) for tag in tags]
+        again = newton.step(thetas[comm.rank], grads[comm.rank])
+    received = [comm.recv(source=before, tag=tag) for tag in reversed(tags)]
+    MPI.Request.waitall(pending)
+    wanted = fn.step(thetas, grads, lr=0.5)
+    expect(
+        comm,
+        early and "the caller's receive took a message of the step",
+        inbox[0] != 100.0 + before and f"{inbox[0]} in place of the caller's message",
+        received != [(before, tag) for tag in reversed(tags)] and f"received {received}",
+    )
+    expect_step(comm, "beside an open receive", given, wanted)
+    expect_step(comm, "beside open sends", again, wanted)
+
+
+def check_a_block_frees_and_a_closed_object_refuses(comm):
+    thetas, grads = data(comm, 100)
+    mine = thetas[comm.rank], grads[comm.rank]
+    with duplicates_counted(comm) as counts:
+        for _ in range(3):
+            with DistNewton(comm, lr=0.5) as newton:
+                newton.step(*mine)
+            expect_error(comm, "a step after the block", lambda newton=newton: newton.step(*mine), ValueError, "closed")
+            newton.close()  # once more is no error
+        expect(comm, counts != {"made": 3, "freed": 3} and counts)
+        unused = DistNewton(comm, lr=0.5)
+        unused.close()
+        expect(comm, counts != {"made": 4, "freed": 4} and counts)
+
+
+def check_a_failed_constructor_frees(comm):
+    with duplicates_counted(comm) as counts:
+        raised(comm, "cutoff", lambda: DistNewton(comm, lr=0.5, cutoff=2.0 if comm.rank == comm.size - 1 else 0.1))
+        expect(comm, counts != {"made": 1, "freed": 1} and counts)
+
+
+def check_an_exception_in_the_block_waits_for_nobody(comm):
+    class Stop(Exception):
+        pass
+
+    with duplicates_counted(comm) as counts:
+        try:
+            with DistNewton(comm, lr=0.5) as newton:
+                expect_usable(comm, "nothing", newton, 100, lr=0.5)
+                raise Stop
+        except Stop:
+            pass
+        expect(comm, counts["freed"] and "freed, which is collective")
+        expect_usable(comm, "the exception", newton, 100, lr=0.5)
+        newton.close()
+        expect(comm, not counts["freed"] and "not freed")
+
+
+def check_groups_and_objects_are_independent(comm):
+    group = comm.Split(comm.rank % 2, comm.rank)
+    with DistNewton(comm, lr=0.5) as whole, DistNewton(comm, lr=1.0) as other, DistNewton(group, lr=2.0) as part:
+        for seed in range(2):
+            for newton, among, n, lr in ((whole, comm, 1100, 0.5), (part, group, 50, 2.0), (other, comm, 300, 1.0)):
+                thetas, grads = data(among, n, seed=seed)
+                given = newton.step(thetas[among.rank], grads[among.rank])
+                expect_step(among, f"n={n}", given, fn.step(thetas, grads, lr=lr))
+    group.Free()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one rank of a proper job is no job started by a foreign launcher
+        with DistNewton(MPI.COMM_SELF, lr=0.5) as newton:
+            thetas, grads = data(MPI.COMM_SELF, 100, seed=comm.rank)
+            given = newton.step(thetas[0], grads[0])
+    expect(comm, raw(given[0]) != raw(fn.step(thetas, grads, lr=0.5)[0]) and "COMM_SELF")
+
+
+# -- threads ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _threads_seen():
+    """The number of threads that the kernels may use, whenever a step runs them."""
+    seen = []
+    really = fastnewton.mpi.combined
+
+    def looking(*arguments):
+        seen.append(threads.thread_count())
+        return really(*arguments)
+
+    with mock.patch.object(fastnewton.mpi, "combined", looking):
+        yield seen
+
+
+def check_a_rank_uses_its_share_of_the_cores(comm):
+    thetas, grads = data(comm, 1100)
+    share = threads.chosen_threads() or max(1, len(os.sched_getaffinity(0)) // comm.size)
+    for outside in (None, share + 3):
+        with _threads_seen() as seen, threads.set_thread_limit(outside), DistNewton(comm, lr=0.5) as newton:
+            before = threads.thread_count()
+            newton.step(thetas[comm.rank], grads[comm.rank])
+            after = threads.thread_count()
+            raised(comm, "bad input", lambda newton=newton: newton.step(None, None))
+            expect(
+                comm,
+                seen != [share] and f"{seen} threads, not {share}",
+                after != before and f"{after} threads after a step, {before} before",
+                threads.thread_count() != before and f"{threads.thread_count()} threads after an error",
+            )
+
+
+def check_a_long_step(comm):
+    """Long enough for several threads; the digest is compared between runs with different numbers of them."""
+    thetas, grads = data(comm, 400_000, np.float32)
+    with _threads_seen() as seen, DistNewton(comm, lr=0.5) as newton:
+        given = newton.step(thetas[comm.rank], grads[comm.rank])
+    expect_step(comm, f"{seen} threads", given, fn.step(thetas, grads, lr=0.5))
+    return {"threads": seen[0], "digest": hashlib.sha256(raw(given[0])).hexdigest()}
+
+
+# -- running them -------------------------------------------------------------------------------------------
+
+CHECKS = {name: value for name, value in dict(globals()).items() if name.startswith("check_")}
+
+
+def run(harness, name):
+    """Run one check on all ranks; on rank 0 a line that says how it went.  True unless a rank failed."""
+    comm = harness.Dup()  # a check that went wrong leaves its messages behind
+    told, skipped, failure = None, None, None
+    try:
+        told = CHECKS[name](comm)
+    except Skipped as reason:
+        skipped = str(reason)
+    except Exception:
+        failure = traceback.format_exc()
+        print(f"{name} failed on rank {harness.rank}:\n{failure}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(STRAGGLE, exit=True)
+    failures = harness.allgather(failure)
+    if failure:
+        faulthandler.cancel_dump_traceback_later()
+    if harness.rank == 0:
+        failed = {rank: text for rank, text in enumerate(failures) if text}
+        print(json.dumps({"check": name, "failed": failed, "skipped": skipped, "told": told}), flush=True)
+    return not any(failures)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--limit", type=float, default=240.0)
+    parser.add_argument("checks", nargs="*", default=list(CHECKS))
+    arguments = parser.parse_args()
+    harness = MPI.COMM_WORLD.Dup()
+    started = MPI.Wtime()
+    results = []
+    for name in arguments.checks or CHECKS:
+        faulthandler.dump_traceback_later(max(1.0, arguments.limit - (MPI.Wtime() - started)), exit=True)
+        results.append(run(harness, name))
+    faulthandler.cancel_dump_traceback_later()
+    harness.Barrier()
+    sys.exit(0 if all(results) else 1)
+
+
+if __name__ == "__main__":
+    main()

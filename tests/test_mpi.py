@@ -1,0 +1,131 @@
+"""`fastnewton.mpi` with 1 to 4 ranks: starts mpiexec itself.  What is checked on the ranks stands in mpi_checks.py."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastnewton.launch import foreign_launcher
+
+pytest.importorskip("mpi4py", exc_type=ImportError)
+
+PROGRAM = Path(__file__).with_name("mpi_checks.py")
+CHECKS = re.findall(r"^def (check_\w+)", PROGRAM.read_text(encoding="utf-8"), re.MULTILINE)
+MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+LIMIT = 240  # seconds for one run, kernels compiled on every rank included; warm, it takes a few
+
+# Numbers of threads, and what launchers leave behind: the ranks are to see their own launcher alone.
+UNWANTED = ("FASTNEWTON_NUM_THREADS", "NUMBA_NUM_THREADS", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "SLURM_NTASKS")
+
+
+class Ranks:
+    """One run of the checks under mpiexec."""
+
+    def __init__(self, size, *checks, **variables):
+        if MPIEXEC is None:
+            pytest.skip("no mpiexec")
+        program = [sys.executable, "-W", "error", "-m", "mpi4py", str(PROGRAM), "--limit", str(LIMIT - 20)]
+        environment = {name: value for name, value in os.environ.items() if name not in UNWANTED} | variables
+        started = subprocess.Popen(
+            [MPIEXEC, "-n", str(size), *program, *checks],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            self.output, _ = started.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            started.terminate()  # mpiexec then ends its ranks
+            self.output = f"no end after {LIMIT} s\n{started.communicate(timeout=20)[0]}"
+        self.status = started.returncode
+        lines = [line for line in self.output.splitlines() if line.startswith('{"check"')]
+        self.outcomes = {outcome["check"]: outcome for outcome in map(json.loads, lines)}
+
+    def told(self, check):
+        """What a check returned on rank 0; fails with what each rank has to say."""
+        assert check in self.outcomes, f"no word of {check}: it hangs, or a rank has ended.\n{self.output}"
+        outcome = self.outcomes[check]
+        ranks = {}
+        for rank, text in outcome["failed"].items():
+            ranks.setdefault(text, []).append(rank)
+        assert not ranks, "\n".join(f"on rank {', '.join(those)}:\n{text}" for text, those in ranks.items())
+        if outcome["skipped"]:
+            pytest.skip(outcome["skipped"])
+        return outcome["told"]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids="{}-ranks".format)
+def ranks(request):
+    return Ranks(request.param)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_ranks(ranks, check):
+    ranks.told(check)
+
+
+def test_the_ranks_end_in_good_order(ranks):
+    assert list(ranks.outcomes) == CHECKS
+    assert bool(ranks.status) == any(outcome["failed"] for outcome in ranks.outcomes.values()), ranks.output
+
+
+def test_threads_do_not_change_the_bits():
+    told = [Ranks(2, "check_a_long_step", FASTNEWTON_NUM_THREADS=count).told("check_a_long_step") for count in "12"]
+    assert [each["threads"] for each in told] == [1, 2]
+    assert told[0]["digest"] == told[1]["digest"]
+
+
+# -- a launcher that MPI knows nothing of ---------------------------------------------------------------------
+
+ALONE = """
+import warnings
+import fastnewton
+from mpi4py import MPI
+from fastnewton.mpi import DistNewton
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    newton = DistNewton(MPI.COMM_WORLD, lr=1.0)
+print([(each.category.__name__, str(each.message), each.filename) for each in caught])
+fastnewton.show_config()
+"""
+
+
+@pytest.mark.parametrize("size", [None, "1", "4"])
+def test_a_foreign_launcher_is_noticed(run_python, size):
+    # Slurm's variable: of Open MPI's mpi4py itself complains, of PMI's the MPI library.
+    env = {**dict.fromkeys(UNWANTED), "SLURM_NTASKS": size}
+    caught, *config = run_python("-c", ALONE, env=env).splitlines()
+    asked = run_python("-m", "fastnewton", env=env)
+    mpi_lines = [line for line in [*config, *asked.splitlines()] if line.startswith("MPI:")]
+    assert len(mpi_lines) == 2
+    if size == "4":
+        assert caught.startswith("[('RuntimeWarning', 'SLURM_NTASKS=4 says that 4 processes were started")
+        assert caught.endswith("'<string>')]")  # the line that made the object
+        assert all("SLURM_NTASKS=4" in line for line in mpi_lines)
+    else:
+        assert caught == "[]"
+        assert not any("processes were started" in line for line in mpi_lines)
+
+
+@pytest.mark.parametrize(
+    ("environment", "size", "noticed"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, 1, True),
+        ({"SLURM_NTASKS": "1", "PMI_SIZE": "2"}, 1, True),
+        ({"PMIX_SIZE": "3"}, None, True),
+        ({"PMI_SIZE": "4"}, 4, False),
+        ({"PMI_SIZE": "1", "MPI_LOCALNRANKS": "1"}, 1, False),
+        ({"OMPI_COMM_WORLD_SIZE": "four", "SLURM_NTASKS": "", "PMI_SIZE": "-4"}, 1, False),
+        ({}, None, False),
+    ],
+)
+def test_what_counts_as_a_foreign_launcher(environment, size, noticed):
+    assert bool(foreign_launcher(environment, size)) == noticed
