@@ -332,11 +332,13 @@ def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strip
         steps = strips * (STRIP // width)
         _centre(storage, compute, m, table, offset, steps, scratch, extra - 1)
         side, done = (m + extra + TILE - 1) // TILE, 0
+        tiles, next_block = side * (side + 1) // 2, (offset + BLOCK) * size
         for i in range(side):
             for j in range(i, side):
                 left, right = scratch + i * TILE * row, scratch + j * TILE * row
-                ahead = _row_address(table, min(done, m - 1)) + (offset + BLOCK) * size
-                _tile(storage, compute, left, right, steps, ahead, sums + done * TILE * TILE * 8)
+                ahead = _row_address(table, min(done, m - 1)) + next_block
+                also = _row_address(table, min(done + tiles, m - 1)) + next_block
+                _tile(storage, compute, left, right, steps, ahead, also, sums + done * TILE * TILE * 8)
                 done += 1
 
     def pair(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
@@ -348,12 +350,12 @@ def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strip
         for i in range(side):
             for j in range(i, side):
                 left, right = thetas + i * TILE * row, thetas + j * TILE * row
-                _tile(storage, compute, left, right, steps, left, sums)
+                _tile(storage, compute, left, right, steps, left, left, sums)
                 sums += TILE * TILE * 8
         for i in range(side):
             for j in range(side):
                 left, right = thetas + i * TILE * row, grads + j * TILE * row
-                _tile(storage, compute, left, right, steps, left, sums)
+                _tile(storage, compute, left, right, steps, left, left, sums)
                 sums += TILE * TILE * 8
 
     return tiled if kind.literal_value == "tiled" else pair
@@ -498,12 +500,12 @@ def _subtract_mean(typingctx, compute, m, steps, scratch, mean):
 
 
 @intrinsic(prefer_literal=True)
-def _tile(typingctx, storage, compute, left, right, steps, ahead, sums):
-    """The TILE² products of two groups of centred rows, while the next block of a row is on its way."""
+def _tile(typingctx, storage, compute, left, right, steps, ahead, also, sums):
+    """The TILE² products of two groups of centred rows, while the next block of two rows is on its way."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
-        left, right, steps, ahead, sums = args[2:]
+        left, right, steps, ahead, also, sums = args[2:]
         row = _row_bytes(v.compute)
         running = [[v.variable() for _ in range(TILE)] for _ in range(TILE)]
         for sum_ in (sum_ for line in running for sum_ in line):
@@ -511,7 +513,8 @@ def _tile(typingctx, storage, compute, left, right, steps, ahead, sums):
         with v.loop(steps) as step:
             here = [v.at(side, step.index, VECTOR_BYTES) for side in (left, right)]
             x, y = ([v.load_work(v.at(address, k * row)) for k in range(TILE)] for address in here)
-            v.prefetch(v.at(ahead, step.index, v.stride))
+            for row_ahead in (ahead, also):
+                v.prefetch(v.at(row_ahead, step.index, v.stride))
             for i in range(TILE):
                 for j in range(TILE):
                     builder.store(v.fma(x[i], y[j], builder.load(running[i][j])), running[i][j])
@@ -519,7 +522,7 @@ def _tile(typingctx, storage, compute, left, right, steps, ahead, sums):
         for k, value in enumerate(found):
             v.store_double(value, v.at(sums, 8 * k))
 
-    return types.void(storage, compute, left, right, steps, ahead, sums), codegen
+    return types.void(storage, compute, left, right, steps, ahead, also, sums), codegen
 
 
 @intrinsic
