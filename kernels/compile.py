@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from typing import TextIO
 
 import numba
 from fastnewton.kernels import simd
@@ -69,9 +70,22 @@ def _one_process_at_a_time(function: Callable) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 folder = Path(cache_folder(function))
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(folder / "fastnewton.lock", "w"))
+                lock = stack.enter_context(open(folder / "fastnewton.lock", "a+"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                _clear_other_build(folder, lock)
         yield
+
+
+def _clear_other_build(folder: Path, lock: TextIO) -> None:
+    """Delete what another build has left: Numba would use its file names again, and a process killed between
+    writing the index and the code would leave an index that points at the old code."""
+    lock.seek(0)
+    if lock.read() != _BUILD:
+        for path in folder.glob("*.nb[ci]"):
+            path.unlink(missing_ok=True)
+        lock.truncate(0)
+        lock.write(_BUILD)
+        lock.flush()
 
 
 @cache

@@ -45,6 +45,22 @@ def test_a_warm_cache_is_not_written_again(run_python, tmp_path):
     assert {path: (tmp_path / path).stat().st_mtime_ns for path in kernels_in(tmp_path)} == before
 
 
+def test_code_of_another_build_is_deleted(run_python, tmp_path):
+    env = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    first = run_python("-c", PROGRAM, env=env)
+    (lock,) = tmp_path.rglob("fastnewton.lock")
+    build, compiled = lock.read_text(), kernels_in(tmp_path)
+    assert build
+    left = lock.with_name("left-over.1.nbc")
+    left.write_bytes(b"code of another build")
+    assert run_python("-c", PROGRAM, env=env) == first
+    assert left.exists()
+    lock.write_text("another build")
+    assert run_python("-c", PROGRAM, env=env) == first
+    assert lock.read_text() == build
+    assert kernels_in(tmp_path) == compiled  # all but the left-over are back
+
+
 def test_an_installation_that_cannot_be_written_to_still_caches(run_python, tmp_path):
     site, temporary = tmp_path / "site", tmp_path / "temporary"
     temporary.mkdir()

@@ -1,6 +1,7 @@
 """Both passes against the reference: every number of workers, dtype, layout and thread count."""
 
 import itertools
+import os
 import threading
 
 import numpy as np
@@ -463,6 +464,27 @@ def test_concurrent_callers_do_not_disturb_each_other(rng):
     for caller in callers:
         caller.join()
     assert found == [expected] * 4
+
+
+FORKING = """
+import os, warnings
+import numpy as np
+import fastnewton as fn
+
+rng = np.random.default_rng(3)
+thetas, grads = rng.standard_normal((2, 8, 2**18), np.float32)  # large enough for threads
+expected = fn.step(thetas, grads, lr=0.5)[0].tobytes()
+warnings.simplefilter("ignore", DeprecationWarning)  # Python warns about any fork beside threads
+child = os.fork()
+if child == 0:
+    os._exit(0 if fn.step(thetas, grads, lr=0.5)[0].tobytes() == expected else 1)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_has_threads_of_its_own(run_python):
+    assert run_python("-c", FORKING, env={"FASTNEWTON_NUM_THREADS": "2"}, timeout=120) == "0\n"
 
 
 # -- more than 2³¹ elements ----------------------------------------------------------------------------------
