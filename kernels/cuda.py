@@ -1,0 +1,322 @@
+"""The passes on a CUDA device: compiles the .cu files through CuPy and launches them on the current stream.
+
+Kernels are specialised by macros and cached on disk by CuPy.  Its cache does not look into included files, so that a
+digest of all sources is one of the options.
+"""
+
+import hashlib
+import math
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+LIMIT = 64  # workers up to which the kernels do all the work; beyond, a BLAS multiplies and cuSOLVER diagonalises
+STRAIGHT = {"float32": 12, "float64": 8}  # workers whose products fit into a thread's registers
+HEADER = 8  # numbers before σ and c in a record, see record.cuh
+STATUS, RANK, LR, LR_REST, CAPTURED, SWEEPS, RESULT = range(7)
+GO, NOT_FINITE, NOT_CONVERGED = range(3)
+CAPS = (None, "sigma", "curvature")
+
+_CTYPES = {"float32": "float", "float64": "double"}
+_SIDE = 4
+_STREAM_THREADS = 128  # small blocks leave little idle when one ends before another
+_FINISH_THREADS = 512
+_BLOCK_THREADS = 256  # of the eigenproblem above 32 workers; more would spill registers
+_LENGTH = 256  # terms of a float32 sum that a BLAS forms
+_CHUNK_BYTES = 16 << 20  # of centred rows: they stay in the L2 cache
+
+
+class Shape(NamedTuple):
+    """How a tiled product is laid over a block."""
+
+    threads: int
+    splits: int
+
+
+@cache
+def cupy() -> ModuleType:
+    """CuPy, where it and a device are there; an error that says what to install, otherwise."""
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(
+            "arrays on a CUDA device need CuPy; pip install 'fastnewton[cuda13]' (or [cuda12], as the driver supports)"
+        ) from error
+    if not cupy.cuda.is_available():
+        raise RuntimeError("CuPy finds no CUDA device; check that the driver is installed (nvidia-smi)")
+    return cupy
+
+
+# -- compiling ----------------------------------------------------------------------------------------------
+
+
+@cache
+def digest() -> str:
+    """Of all the sources."""
+    found = hashlib.sha256()
+    for path in sorted([*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def options(**macros: Any) -> tuple[str, ...]:
+    """What the compiler is told."""
+    given = (f"-D{name}={value}" for name, value in sorted(macros.items()))
+    return ("-std=c++17", f"-I{FOLDER}", f"-DSOURCES=0x{digest()}", *given)
+
+
+@cache
+def _kernel(device: int, file: str, name: str, shared: int, given: tuple[str, ...]) -> Any:
+    module = cupy().RawModule(code=(FOLDER / file).read_text(), options=given)
+    kernel = module.get_function(name)
+    if shared > 48 << 10:
+        kernel.max_dynamic_shared_size_bytes = shared
+    return kernel
+
+
+def _compiled(file: str, name: str, shared: int = 0, **macros: Any) -> Any:
+    return _kernel(cupy().cuda.Device().id, file, name, shared, options(**macros))
+
+
+@cache
+def _resident(device: int, kernel: Any, threads: int, shared: int) -> int:
+    """Blocks of a kernel that the device holds at once."""
+    driver = cupy().cuda.driver
+    each = driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, threads, shared)
+    return max(1, each) * cupy().cuda.Device(device).attributes["MultiProcessorCount"]
+
+
+def _grid(kernel: Any, threads: int, shared: int, pieces: int) -> int:
+    return max(1, min(pieces, _resident(cupy().cuda.Device().id, kernel, threads, shared)))
+
+
+# -- workspaces ---------------------------------------------------------------------------------------------
+
+_workspaces: dict[tuple, Any] = {}
+
+
+def workspace(purpose: str, size: int) -> Any:
+    """Float64 memory that this stream keeps for a purpose: later work on it waits its turn, so it may be reused."""
+    stream = cupy().cuda.get_current_stream()
+    key = (cupy().cuda.Device().id, stream.ptr, purpose, size)
+    if key not in _workspaces:
+        _workspaces[key] = cupy().empty(size, np.float64)
+    return _workspaces[key]
+
+
+def keep(array: Any) -> None:
+    """Hold an array that a graph being captured will write to, until `clear_caches`."""
+    _workspaces[(cupy().cuda.Device().id, "captured", id(array))] = array
+
+
+def clear_caches() -> None:
+    """Release the memory that is kept on devices."""
+    _workspaces.clear()
+
+
+# -- launch arguments ---------------------------------------------------------------------------------------
+
+
+def _table(rows: Any) -> Any:
+    """Addresses by value, or in device memory where there are too many."""
+    if rows.m <= LIMIT:
+        return np.ascontiguousarray(rows.table, np.uint64)
+    return cupy().asarray(rows.table.astype(np.uint64))
+
+
+def _address(one: Any) -> int:
+    return 0 if one is None else int(one.table[0])
+
+
+def alignment(addresses: np.ndarray) -> tuple[int, int, int]:
+    """WIDTH, SHIFTED and shift: sixteen bytes at a time where all rows are alike, else what suits every row."""
+    past = addresses % 16
+    if (past == past[0]).all():
+        return 16, int(past[0] > 0), int(past[0])
+    every = int(np.bitwise_or.reduce(past))
+    return every & -every, 0, 0
+
+
+def _macros(rows: Any, compute: str, tables: list[np.ndarray], **more: Any) -> tuple[dict[str, Any], np.int32]:
+    width, shifted, shift = alignment(np.concatenate(tables))
+    macros = {
+        "STORAGE": rows.dtype.upper(),
+        "COMPUTE": _CTYPES[compute],
+        "M": rows.m if rows.m <= LIMIT else 0,
+        "WIDTH": width,
+        "SHIFTED": shifted,
+    }
+    return macros | more, np.int32(shift)
+
+
+# -- gram ---------------------------------------------------------------------------------------------------
+
+
+def shape_of_tiles(pairs: int, coordinates: int) -> Shape:
+    """The threads and splits that leave the fewest threads idle, pairs of tiles being shared out evenly."""
+
+    def busy(shape: Shape) -> float:
+        quads = coordinates // _SIDE
+        turns = -(-quads // shape.splits)
+        return pairs * shape.splits / shape.threads * quads / (turns * shape.splits)
+
+    threads = range(max(128, -(-pairs // 32) * 32), max(256, -(-pairs // 32) * 32) + 1, 32)
+    shapes = [Shape(t, s) for t in threads for s in range(1, t // pairs + 1)]
+    return max(shapes, key=busy)
+
+
+def gram_kind(m: int, compute: str, with_z: bool) -> dict[str, Any]:
+    """The macros that decide how the products of m workers are formed, and hence their order."""
+    if m <= STRAIGHT[compute]:
+        return {"KIND": "STRAIGHT", "WITH_Z": int(with_z), "THREADS": _STREAM_THREADS}
+    tiles = -(-(m + 1 + with_z) // _SIDE)
+    pairs, coordinates = math.comb(tiles + 1, 2), 64 if compute == "float32" else 32
+    shape = shape_of_tiles(pairs, coordinates)
+    return {
+        "KIND": "TILED",
+        "WITH_Z": int(with_z),
+        "THREADS": shape.threads,
+        "SPLITS": shape.splits,
+        "COORDINATES": coordinates,
+    }
+
+
+def cross_kind(m: int, compute: str) -> dict[str, Any]:
+    """As `gram_kind`, for ΘᵀG."""
+    pairs, coordinates = (-(-m // _SIDE)) ** 2, 32 if compute == "float32" else 16
+    shape = shape_of_tiles(pairs, coordinates)
+    return {"KIND": "CROSS", "THREADS": shape.threads, "SPLITS": shape.splits, "COORDINATES": coordinates}
+
+
+def products(m: int, kind: dict[str, Any]) -> int:
+    """Numbers in one block's part."""
+    if kind["KIND"] == "STRAIGHT":
+        return m * (m + 1) // 2 + m + 1 + kind["WITH_Z"]
+    if kind["KIND"] == "CROSS":
+        return (_SIDE * -(-m // _SIDE)) ** 2
+    return _SIDE**2 * math.comb(-(-(m + 1 + kind["WITH_Z"]) // _SIDE) + 1, 2)
+
+
+def gram(rows: Any, z: Any, *, compute: str, matrix: Any, projection: Any, scalars: Any) -> None:
+    """Write K (m, m), b (m,) and [zᵀz, 2·eps·‖ḡ‖] of up to 64 workers."""
+    kind = gram_kind(rows.m, compute, z is not None)
+    macros, shift = _macros(rows, compute, [rows.table] if z is None else [rows.table, z.table], **kind)
+    arguments = (_table(rows), _address(z), np.int64(rows.n), shift)
+    parts, blocks = _parts("gram", macros, arguments, rows)
+    _finish(rows, kind, parts, blocks, matrix, projection, scalars)
+
+
+def cross(thetas: Any, grads: Any, *, compute: str, matrix: Any) -> None:
+    """Write ΘᵀG (m, m) of up to 64 workers."""
+    kind = cross_kind(grads.m, compute)
+    macros, shift = _macros(grads, compute, [thetas.table, grads.table], **kind)
+    arguments = (_table(thetas), _table(grads), np.int64(grads.n), shift)
+    parts, blocks = _parts("cross", macros, arguments, grads)
+    _finish(grads, kind, parts, blocks, matrix, None, None)
+
+
+def _parts(name: str, macros: dict[str, Any], arguments: tuple, rows: Any) -> tuple[Any, int]:
+    """Launch a kernel that leaves a part for each block."""
+    count = products(rows.m, macros)
+    shared = 0 if macros["KIND"] == "STRAIGHT" else 8 * count
+    threads = macros["THREADS"]
+    stretch = macros.get("COORDINATES", threads * 16 // rows.itemsize)
+    kernel = _compiled("gram.cu", name, shared, **macros)
+    blocks = _grid(kernel, threads, shared, -(-rows.n // stretch))
+    parts = workspace("parts", count * blocks)
+    kernel((blocks,), (threads,), (*arguments, parts), shared_mem=shared)
+    return parts, blocks
+
+
+def _finish(rows: Any, kind: dict[str, Any], parts: Any, blocks: int, matrix: Any, projection: Any, scalars: Any) -> None:
+    macros, _ = _macros(rows, "float64", [np.zeros(1, np.int64)], **kind | {"THREADS": _FINISH_THREADS})
+    shared = 8 * products(rows.m, kind)
+    kernel = _compiled("spectrum.cu", "finish", shared, **macros)
+    arguments = (parts, np.int32(blocks), matrix, projection, scalars)
+    kernel((1,), (_FINISH_THREADS,), arguments, shared_mem=shared)
+
+
+def large_gram(rows: Any, z: Any, *, compute: str) -> Any:
+    """The sums of products of the centred rows, ḡ (and z) of any number of workers, on the device."""
+    with_z = int(z is not None)
+    height = rows.m + 1 + with_z
+    tables = [rows.table] if z is None else [rows.table, z.table]
+    macros, shift = _macros(rows, compute, tables, KIND="CENTRE", WITH_Z=with_z, THREADS=_LENGTH, LENGTH=_LENGTH)
+    kernel = _compiled("gram.cu", "centre", **macros)
+    group = 16 // rows.itemsize
+    step = _LENGTH * group  # coordinates of one block
+    width = np.dtype(compute).itemsize
+    blocks = max(1, min(_CHUNK_BYTES // (height * step * width), -(-rows.n // step)))
+    batches = blocks * group
+    centred = cupy().empty((batches, height, _LENGTH), compute)
+    table, total = _table(rows), cupy().zeros((height, height), np.float64)
+    for first in range(0, rows.n, blocks * step):
+        arguments = (table, _address(z), np.int32(rows.m), np.int64(first), np.int64(rows.n), shift, centred)
+        kernel((blocks,), (_LENGTH,), arguments)
+        total += cupy().matmul(centred, centred.transpose(0, 2, 1)).sum(axis=0, dtype=np.float64)
+    return total
+
+
+# -- spectrum -----------------------------------------------------------------------------------------------
+
+
+def spectrum_shape(m: int) -> tuple[int, int]:
+    """Threads and bytes of shared memory of the eigenproblem."""
+    even = m + m % 2
+    return 32 if m <= 32 else _BLOCK_THREADS, 8 * (even * (even + 1) // 2 + even * even)
+
+
+def spectrum(gram: Any, *, cutoff: float, max_rank: int | None, lr: float, lr_rest, lr_cap, record, vectors=None) -> None:
+    """Write the record of a step (HEADER + 2m,), and V (m, m) where wanted; gram holds arrays on the device."""
+    m = gram.projection.size
+    threads, shared = spectrum_shape(m)
+    kernel = _compiled(
+        "spectrum.cu", "spectrum", shared, KIND="SPECTRUM", M=m, THREADS=threads,
+        STORAGE="FLOAT64", COMPUTE="double", WIDTH=8, SHIFTED=0,
+    )  # fmt: skip
+    scratch = workspace("scratch", m * m) if lr_cap == "curvature" else None
+    limit = m if max_rank is None else min(m, max_rank)
+    arguments = (
+        gram.matrix, gram.projection, gram.norm2, gram.floor, gram.theta_matrix, gram.theta_floor,
+        np.float64(cutoff), np.int32(limit), np.float64(lr), np.float64(math.nan if lr_rest is None else lr_rest),
+        np.int32(CAPS.index(lr_cap)), record, vectors, scratch,
+    )  # fmt: skip
+    kernel((1,), (threads,), arguments, shared_mem=shared)
+
+
+# -- combine ------------------------------------------------------------------------------------------------
+
+
+def combine(thetas, grads, c, *, tau=0.0, beta=0.0, z=None, out, compute: str, record=None, guarded: bool = False) -> None:
+    """Write the combination to `out`; τ and β come from the record where there is one, which then takes the verdict."""
+    tables = [thetas.table, grads.table] if z is None else [thetas.table, grads.table, z.table]
+    threads = _STREAM_THREADS * 2
+    macros, shift = _macros(thetas, compute, tables, WITH_Z=int(z is not None), THREADS=threads)
+    kernel = _compiled("combine.cu", "combine", **macros)
+    stretch = threads * 16 // thetas.itemsize
+    if thetas.n == 0:
+        return
+    blocks = _grid(kernel, threads, 0, -(-thetas.n // stretch))
+    wide = np.int32(_address(out) % 16 == 0)
+    arguments = (
+        _table(thetas), _table(grads), _address(z), _address(out), np.int32(thetas.m), np.int64(thetas.n), shift, wide,
+        c, np.float64(tau), np.float64(beta), record, np.int32(guarded),
+    )  # fmt: skip
+    kernel((blocks,), (threads,), arguments)
+
+
+def finite_rows(rows: Any) -> Any:
+    """Whether each of the rows is finite: (m,) int32 on the device."""
+    found = cupy().ones(rows.m, np.int32)
+    wide_enough = "float64" if rows.dtype == "float64" else "float32"
+    macros, shift = _macros(rows, wide_enough, [rows.table], THREADS=_STREAM_THREADS)
+    kernel = _compiled("finite.cu", "finite", **macros)
+    stretch = _STREAM_THREADS * 16 // rows.itemsize
+    blocks = min(-(-rows.n // stretch), 1024)
+    if blocks:
+        kernel((blocks, rows.m), (_STREAM_THREADS,), (_table(rows), np.int64(rows.n), shift, found))
+    return found
