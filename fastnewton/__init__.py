@@ -2,7 +2,9 @@
 
 from fastnewton.config import show_config
 from fastnewton.eigen import Gram, Spectrum
-from fastnewton.method import NonFiniteError, StepInfo, apply_inverse, combine, gram, spectrum, step
+from fastnewton.info import StepInfo
+from fastnewton.kernels.cuda import clear_caches
+from fastnewton.method import NonFiniteError, apply_inverse, combine, gram, spectrum, step
 
 __version__ = "0.1.0"
 
@@ -12,6 +14,7 @@ __all__ = [
     "Spectrum",
     "StepInfo",
     "apply_inverse",
+    "clear_caches",
     "combine",
     "gram",
     "show_config",

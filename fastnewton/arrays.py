@@ -8,7 +8,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,22 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 MAX_WORKERS = 1024
 ALIGNMENT = 64  # JAX adopts memory without a copy only from this alignment on
-_CPU = 1  # kDLCPU
+_CPU, _CUDA = 1, (2, 13)  # kDLCPU; kDLCUDA, kDLCUDAManaged
 
 _KINDS = "an array with __dlpack__ (NumPy, PyTorch, JAX, CuPy)"
+
+
+class Memory(NamedTuple):
+    """Where a caller's array lies."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    dtype: str
+    library: str
+    owner: Any  # keeps the memory alive and readable
+    device: str = "cpu"
+    stream: int = 0  # of the caller's library, on a CUDA device
 
 
 class Rows(NamedTuple):
@@ -31,6 +44,7 @@ class Rows(NamedTuple):
     library: str
     owner: Any
     device: str = "cpu"
+    stream: int = 0
 
     @property
     def m(self) -> int:
@@ -63,25 +77,26 @@ def rows(value: Any, name: str) -> Rows:
     """The workers' vectors: an (m, n) array or a sequence of m arrays of length n."""
     if isinstance(value, (list, tuple)):
         return _rows_of_sequence(value, name)
-    array, dtype, library = _memory(value, name)
-    if array.ndim != 2:
+    given = _memory(value, name)
+    if len(given.shape) != 2:
         raise ValueError(
             f"{name} must be an (m, n) array, a row for each worker, or a sequence of m arrays of length n; "
-            f"got an array of shape {array.shape}"
+            f"got an array of shape {given.shape}"
         )
-    m, n = array.shape
+    m, n = given.shape
     _check_workers(m, name)
-    _check_strides(array, name)
-    return Rows(_addresses(array), n, dtype, library, value)
+    _check_strides(given, name)
+    start, step = given.address, given.strides[0]
+    table = np.arange(start, start + m * step, step) if step and m > 1 else np.full(m, start)
+    return Rows(table, n, given.dtype, given.library, given.owner, given.device, given.stream)
 
 
 def vector(value: Any, name: str, like: Rows, what: str) -> Rows:
     """One vector that goes with the rows `like`, called `what` in messages."""
-    array, dtype, library = _memory(value, name)
-    one = _row(array, dtype, library, value, name)
+    one = single(value, name)
     check_alike(one, name, like, what)
     if one.n != like.n:
-        raise ValueError(f"{name} must have the shape ({like.n},) of a row of {what}; got {array.shape}")
+        raise ValueError(f"{name} must have the shape ({like.n},) of a row of {what}; got ({one.n},)")
     return one
 
 
@@ -101,8 +116,18 @@ def check_pair(thetas: Rows, grads: Rows) -> None:
 
 def single(value: Any, name: str) -> Rows:
     """One vector of its own."""
-    array, dtype, library = _memory(value, name)
-    return _row(array, dtype, library, value, name)
+    given = _memory(value, name)
+    if len(given.shape) != 1:
+        raise ValueError(f"{name} must be a one-dimensional array; got an array of shape {given.shape}")
+    _check_strides(given, name)
+    table = np.array([given.address], np.int64)
+    return Rows(table, given.shape[0], given.dtype, given.library, given.owner, given.device, given.stream)
+
+
+def rows_of(stack: np.ndarray, dtype: str) -> Rows:
+    """Rows of our own C-contiguous (m, n) memory that holds values of `dtype`."""
+    table = stack.ctypes.data + stack.strides[0] * np.arange(len(stack), dtype=np.int64)
+    return Rows(table, stack.shape[1], dtype, "numpy", stack)
 
 
 def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:
@@ -113,20 +138,7 @@ def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:
         check_alike(one, f"{name}[{k}]", first, f"{name}[0]")
         if one.n != first.n:
             raise ValueError(f"{name}[{k}] must have the length {first.n} of {name}[0]; got {one.n}")
-    table = np.concatenate([one.table for one in every])
-    return Rows(table, first.n, first.dtype, first.library, value)
-
-
-def _row(array: np.ndarray, dtype: str, library: str, owner: Any, name: str) -> Rows:
-    if array.ndim != 1:
-        raise ValueError(f"{name} must be a one-dimensional array; got an array of shape {array.shape}")
-    _check_strides(array, name)
-    return Rows(np.array([array.ctypes.data], np.int64), array.size, dtype, library, owner)
-
-
-def _addresses(matrix: np.ndarray) -> np.ndarray:
-    start, step, m = matrix.ctypes.data, matrix.strides[0], matrix.shape[0]
-    return np.arange(start, start + m * step, step) if step and m > 1 else np.full(m, start)
+    return first._replace(table=np.concatenate([one.table for one in every]), owner=tuple(one.owner for one in every))
 
 
 def _check_workers(m: int, name: str) -> None:
@@ -134,26 +146,34 @@ def _check_workers(m: int, name: str) -> None:
         raise ValueError(f"{name} must hold 1 to {MAX_WORKERS} workers; got m = {m}")
 
 
-def _check_strides(array: np.ndarray, name: str) -> None:
-    step, n = array.strides[-1], array.shape[-1]
-    if n > 1 and step != array.itemsize:
+def _check_strides(given: Memory, name: str) -> None:
+    n, itemsize = given.shape[-1], ITEMSIZE[given.dtype]
+    if n > 1 and given.strides[-1] != itemsize:
         raise ValueError(
-            f"{name} must have unit stride along n; got a stride of {step} bytes for items of {array.itemsize}. "
-            f"Make a contiguous copy, such as numpy.ascontiguousarray({name})"
+            f"{name} must have unit stride along n; got a stride of {given.strides[-1]} bytes for items of {itemsize}. "
+            f"Make a contiguous copy, such as {_contiguous_copy(given.library, name)}"
         )
-    if array.ndim == 2 and array.shape[0] > 1 and array.strides[0] < n * array.itemsize:
+    if len(given.shape) == 2 and given.shape[0] > 1 and given.strides[0] < n * itemsize:
         raise ValueError(
-            f"{name} must have rows at least n = {n} items apart; got a row stride of {array.strides[0]} bytes. "
-            f"Make a contiguous copy, such as numpy.ascontiguousarray({name})"
+            f"{name} must have rows at least n = {n} items apart; got a row stride of {given.strides[0]} bytes. "
+            f"Make a contiguous copy, such as {_contiguous_copy(given.library, name)}"
         )
-    if not array.flags.aligned:
-        raise ValueError(f"{name} must be aligned to its items of {array.itemsize} bytes; make a copy")
+    if given.address % itemsize or (len(given.shape) == 2 and given.strides[0] % itemsize and given.shape[0] > 1):
+        raise ValueError(f"{name} must be aligned to its items of {itemsize} bytes; make a copy")
+
+
+def _contiguous_copy(library: str, name: str) -> str:
+    if library == "torch":
+        return f"{name}.contiguous()"
+    return f"{'cupy' if library == 'cupy' else 'numpy'}.ascontiguousarray({name})"
 
 
 def check_alike(given: Rows, name: str, like: Rows, what: str) -> None:
-    """Raise unless `given` is of the library and dtype of `like`, called `what` in messages."""
+    """Raise unless `given` is of the library, device and dtype of `like`, called `what` in messages."""
     if given.library != like.library:
         raise TypeError(f"{name} must be of the same library as {what}, {like.library}; got {given.library}")
+    if given.device != like.device:
+        raise TypeError(f"{name} must be on the device of {what}, {like.device}; got {given.device}")
     if given.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of {what}, {like.dtype}; got {given.dtype}")
 
@@ -161,29 +181,31 @@ def check_alike(given: Rows, name: str, like: Rows, what: str) -> None:
 # -- libraries ----------------------------------------------------------------------------------------------
 
 
-def _memory(value: Any, name: str) -> tuple[np.ndarray, str, str]:
-    """A NumPy view of the caller's memory (bfloat16 as uint16), its dtype's name and its library."""
+def _memory(value: Any, name: str) -> Memory:
     library = _library(value)
     if library == "numpy":
-        return *_checked(value, name), library
+        return _numpy_memory(value, name, library)
     if library == "torch":
-        return *_torch_memory(value, name), library
+        return _torch_memory(value, name)
     if library == "jax":
-        return *_jax_memory(value, name), library
+        return _jax_memory(value, name)
     if not hasattr(value, "__dlpack__") or not hasattr(value, "__dlpack_device__"):
         raise TypeError(f"{name} must be {_KINDS}; got {type(value).__name__}")
-    _check_on_cpu(value.__dlpack_device__()[0] == _CPU, name)
+    kind = value.__dlpack_device__()[0]
+    if kind in _CUDA:
+        return _cuda_memory(value, name, library)
+    _check_place(kind == _CPU, name)
     try:
-        view = np.from_dlpack(value)
+        view = _view_through_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} cannot be read through DLPack without a copy: {error}") from error
-    return *_checked(view, name), library
+    return _numpy_memory(view, name, library)
 
 
 def _library(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return "numpy"
-    for library, kind in (("torch", "Tensor"), ("jax", "Array")):
+    for library, kind in (("torch", "Tensor"), ("jax", "Array"), ("cupy", "ndarray")):
         module = sys.modules.get(library)
         if module is not None and isinstance(value, getattr(module, kind, ())):
             return library
@@ -191,11 +213,20 @@ def _library(value: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _checked(array: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+def _view_through_dlpack(value: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(value, copy=False)
+    except TypeError:  # an exporter from before the keyword
+        return np.from_dlpack(value)
+
+
+def _numpy_memory(array: np.ndarray, name: str, library: str) -> Memory:
     dtype = _dtype_name(array.dtype)
     if dtype not in ITEMSIZE:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {array.dtype}")
-    return (array.view(np.uint16) if dtype == "bfloat16" and array.ndim else array), dtype
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} must not be a masked array; hand over {name}.data or {name}.filled(…)")
+    return Memory(array.ctypes.data, array.shape, array.strides, dtype, library, array)
 
 
 @cache  # asking NumPy for the name takes longer than the rest of the checks
@@ -203,30 +234,59 @@ def _dtype_name(dtype: np.dtype) -> str | None:
     return dtype.name if dtype.isnative else None
 
 
-def _torch_memory(tensor: Any, name: str) -> tuple[np.ndarray, str]:
+def _torch_memory(tensor: Any, name: str) -> Memory:
     torch = sys.modules["torch"]
     if tensor.requires_grad:
         raise TypeError(f"{name} requires grad; hand over {name}.detach()")
-    _check_on_cpu(tensor.device.type == "cpu", name)
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor; got the layout {tensor.layout}")
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16), "bfloat16"
-    if tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+    if tensor.is_neg() or tensor.is_conj():
+        raise TypeError(f"{name} is a lazy negation; hand over {name}.resolve_neg()")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or _has_tangent(tensor):
+        raise TypeError(f"{name} is being differentiated or mapped; call fastnewton outside of that")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in ITEMSIZE:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}")
-    return _checked(tensor.numpy(), name)
+    if tensor.device.type == "cuda":
+        return _cuda_memory(tensor, name, "torch")
+    _check_place(tensor.device.type == "cpu", name)
+    try:
+        view = tensor.view(torch.int16).numpy() if dtype == "bfloat16" else tensor.numpy()
+    except (RuntimeError, TypeError) as error:
+        raise TypeError(f"{name} has no memory that can be read: {error}") from error
+    return Memory(view.ctypes.data, view.shape, view.strides, dtype, "torch", tensor)
 
 
-def _jax_memory(array: Any, name: str) -> tuple[np.ndarray, str]:
+def _has_tangent(tensor: Any) -> bool:
+    forward = sys.modules["torch"].autograd.forward_ad
+    return forward._current_level >= 0 and forward.unpack_dual(tensor).tangent is not None
+
+
+def _jax_memory(array: Any, name: str) -> Memory:
     if isinstance(array, sys.modules["jax"].core.Tracer):
         raise TypeError(f"{name} is a JAX tracer; call fastnewton outside jit, grad and vmap")
-    _check_on_cpu(all(device.platform == "cpu" for device in array.devices()), name)
-    return _checked(np.asarray(array), name)
+    if array.is_deleted():
+        raise TypeError(f"{name} is a JAX array that was deleted or donated")
+    devices = array.devices()
+    if len(devices) > 1:
+        raise TypeError(f"{name} must lie on one device; got a JAX array on {len(devices)}. Use jax.device_put")
+    (device,) = devices
+    if device.platform in ("cuda", "gpu"):
+        return _cuda_memory(array, name, "jax")
+    _check_place(device.platform == "cpu", name)
+    found = _numpy_memory(np.asarray(array), name, "jax")
+    return found._replace(device=f"cpu:{device.id}") if device.id else found
 
 
-def _check_on_cpu(on_cpu: bool, name: str) -> None:
-    if not on_cpu:
-        raise TypeError(f"{name} must be in CPU memory; got an array on another device")
+def _cuda_memory(value: Any, name: str, library: str) -> Memory:
+    from fastnewton import cuda_arrays
+
+    return cuda_arrays.described(value, name, library)
+
+
+def _check_place(known: bool, name: str) -> None:
+    if not known:
+        raise TypeError(f"{name} must be in CPU or CUDA memory; got an array on another kind of device")
 
 
 # -- result out ---------------------------------------------------------------------------------------------
@@ -239,7 +299,7 @@ def output(out: Any, like: Rows, inputs: Sequence[Rows]) -> Output:
     if _library(out) == "jax":
         raise TypeError("out must be writable; JAX arrays are immutable, leave out=None")
     target = vector(out, "out", like, "thetas")
-    if not _writable(out):
+    if isinstance(target.owner, np.ndarray) and not target.owner.flags.writeable:
         raise ValueError("out must be writable; got a read-only array")
     begin = int(target.table[0])
     if any(_overlap(begin, begin + target.nbytes, given) for given in inputs):
@@ -252,25 +312,38 @@ def _overlap(begin: int, end: int, given: Rows) -> bool:
     return begin < end and any(row < end and begin < row + length for row in given.table.tolist())
 
 
-def _writable(out: Any) -> bool:
-    if isinstance(out, np.ndarray):
-        return bool(out.flags.writeable)
-    return _library(out) == "torch" or bool(np.from_dlpack(out).flags.writeable)
-
-
 def _new_output(like: Rows) -> Output:
-    first = like.owner[0] if isinstance(like.owner, (list, tuple)) else like.owner
+    if like.device.startswith("cuda"):
+        from fastnewton import cuda_arrays
+
+        return cuda_arrays.new_output(like)
     if like.library == "torch":
-        tensor = sys.modules["torch"].empty(like.n, dtype=first.dtype)
-        return Output(
-            Rows(np.array([tensor.data_ptr()], np.int64), like.n, like.dtype, "torch", tensor), lambda: tensor
-        )
-    array = aligned(like.n, np.dtype(first.dtype) if hasattr(first, "dtype") else np.dtype(like.dtype))
-    target = Rows(np.array([array.ctypes.data], np.int64), like.n, like.dtype, like.library, array)
-    if like.library == "jax":
-        (device,) = first.devices()
-        return Output(target, lambda: sys.modules["jax"].device_put(array, device))
-    return Output(target, lambda: array)
+        torch = sys.modules["torch"]
+        tensor = torch.empty(like.n, dtype=getattr(torch, like.dtype), device="cpu")
+        return Output(_row_at(tensor.data_ptr(), like, tensor), lambda: tensor)
+    array = aligned(like.n, numpy_dtype(like.dtype))
+    target = _row_at(array.ctypes.data, like, array)
+    return Output(target, partial(_as_jax, array, like.device) if like.library == "jax" else lambda: array)
+
+
+def _row_at(address: int, like: Rows, owner: Any) -> Rows:
+    return like._replace(table=np.array([address], np.int64), owner=owner)
+
+
+def _as_jax(array: np.ndarray, device: str) -> Any:
+    jax = sys.modules["jax"]
+    number = int(device.partition(":")[2] or 0)
+    with jax.enable_x64(True):  # or float64 would become float32
+        return jax.device_put(array, jax.devices("cpu")[number])
+
+
+def numpy_dtype(dtype: str) -> np.dtype:
+    """NumPy's dtype of that name."""
+    if dtype != "bfloat16":
+        return np.dtype(dtype)
+    import ml_dtypes  # there wherever an array of this type came from
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -282,17 +355,52 @@ def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def coefficient_vector(value: Any, m: int) -> np.ndarray:
-    """The m coefficients in float64."""
-    library = _library(value)
-    if library != "numpy" and not hasattr(value, "__dlpack__"):
-        raise TypeError(f"coefficients must be {_KINDS}; got {type(value).__name__}")
-    array, dtype, _ = _memory(value, "coefficients")
-    if dtype not in ("float32", "float64"):
-        raise TypeError(f"coefficients must be float64 or float32; got {dtype}")
-    if array.shape != (m,):
-        raise ValueError(f"coefficients must have the shape ({m},), one for each worker; got {array.shape}")
-    return array.astype(np.float64)
+# -- small arrays -------------------------------------------------------------------------------------------
+
+
+def coefficient_vector(value: Any, like: Rows) -> Any:
+    """The m coefficients in float64 where `like` is: NumPy's array or, on a CUDA device, CuPy's."""
+    given = _memory(value, "coefficients")
+    if given.dtype not in ("float32", "float64"):
+        raise TypeError(f"coefficients must be float64 or float32; got {given.dtype}")
+    if given.shape != (like.m,):
+        raise ValueError(f"coefficients must have the shape ({like.m},), one for each worker; got {given.shape}")
+    if given.device.startswith("cpu") and like.device.startswith("cpu"):
+        return values(given).astype(np.float64)
+    from fastnewton import cuda_arrays
+
+    return cuda_arrays.coefficients(given, like)
+
+
+def small_matrices(gram: Any) -> Rows:
+    """Where the arrays of a Gram are, which may be made by hand, once they are known to fit together."""
+    where = _memory(gram.projection, "gram.projection")
+    m = where.shape[0] if len(where.shape) == 1 else 0
+    _check_workers(m, "gram.projection")
+    of_thetas = [name for name in ("theta_matrix", "cross_matrix") if getattr(gram, name) is not None]
+    shapes = {"projection": (m,), "matrix": (m, m)} | dict.fromkeys(of_thetas, (m, m))
+    if where.device != "cpu":
+        shapes |= {"norm2": (), "floor": ()} | ({"theta_floor": ()} if of_thetas else {})
+    for name, shape in shapes.items():
+        given = _memory(getattr(gram, name), f"gram.{name}")
+        if given.library not in ("numpy", "cupy") or (given.dtype, given.device) != ("float64", where.device):
+            raise TypeError(
+                f"gram.{name} must be a float64 array of NumPy or CuPy, where gram.projection is, {where.device}; "
+                f"got {given.dtype} of {given.library} on {given.device}"
+            )
+        if given.shape != shape or not _is_contiguous(given):
+            raise ValueError(f"gram.{name} must be contiguous and have the shape {shape}; got {given.shape}")
+    if where.device == "cpu":
+        for name in ("norm2", "floor", "theta_floor"):
+            _number(getattr(gram, name), f"gram.{name}")
+    return Rows(np.full(m, where.address), 0, "float64", where.library, gram, where.device, where.stream)
+
+
+def _is_contiguous(given: Memory) -> bool:
+    steps = [ITEMSIZE[given.dtype] * math.prod(given.shape[axis + 1 :]) for axis in range(len(given.shape))]
+    return all(
+        size == 1 or step == wanted for size, step, wanted in zip(given.shape, given.strides, steps, strict=True)
+    )
 
 
 def nonfinite_workers(*matrices: Rows) -> list[int]:
@@ -301,25 +409,30 @@ def nonfinite_workers(*matrices: Rows) -> list[int]:
 
 
 def _row_is_finite(given: Rows, k: int) -> bool:
-    kind = np.uint16 if given.dtype == "bfloat16" else np.dtype(given.dtype)
     chunk = 1 << 18
     for start in range(0, given.n, chunk):
-        values = _at(int(given.table[k]) + start * given.itemsize, min(chunk, given.n - start), kind)
-        if given.dtype == "bfloat16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        if not np.isfinite(values).all():
+        address, count = int(given.table[k]) + start * given.itemsize, min(chunk, given.n - start)
+        part = values(Memory(address, (count,), (given.itemsize,), given.dtype, given.library, given.owner))
+        if not np.isfinite(part).all():
             return False
     return True
 
 
 def memory(one: Rows, dtype: Any) -> np.ndarray:
-    """The single row as a one-dimensional array; its owner must outlive the result."""
-    return _at(int(one.table[0]), one.n, dtype)
+    """The bits of a single row in host memory, as words of `dtype`; its owner must outlive the result."""
+    return _at(int(one.table[0]), (one.n,), (one.itemsize,), dtype)
 
 
-def _at(address: int, count: int, dtype: Any) -> np.ndarray:
-    """The memory at an address as an array; whoever owns it must outlive the result."""
-    interface = {"shape": (count,), "typestr": np.dtype(dtype).str, "data": (address, True), "version": 3}
+def values(given: Memory) -> np.ndarray:
+    """An array in host memory as NumPy's, bfloat16 widened to float32; its owner must outlive the result."""
+    if given.dtype == "bfloat16":
+        return (_at(given.address, given.shape, given.strides, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return _at(given.address, given.shape, given.strides, given.dtype)
+
+
+def _at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> np.ndarray:
+    typestr = np.dtype(dtype).str
+    interface = {"shape": shape, "strides": strides, "typestr": typestr, "data": (address, True), "version": 3}
     return np.asarray(type("Memory", (), {"__array_interface__": interface})())
 
 

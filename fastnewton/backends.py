@@ -1,11 +1,11 @@
-"""Which kernels serve which device: the same function names on every side."""
+"""Which side serves which device: the same function names on both."""
 
 from types import ModuleType
 
+from fastnewton import device, host
 from fastnewton.arrays import Rows
-from fastnewton.kernels import cpu
 
 
-def kernels(like: Rows) -> ModuleType:
-    """The module with `gram` and `combine` for arrays on this device."""
-    return {"cpu": cpu}[like.device]
+def backend(like: Rows) -> ModuleType:
+    """The side that these arrays are on."""
+    return device if like.device.startswith("cuda") else host

@@ -59,7 +59,17 @@ def _threads() -> str:
 
 
 def _cuda() -> str:
-    return "not used: arrays in CPU memory only"
+    from fastnewton.kernels import cuda
+
+    try:
+        cupy = cuda.cupy()
+    except RuntimeError as error:
+        return str(error)
+    runtime = cupy.cuda.runtime
+    names = [runtime.getDeviceProperties(k)["name"].decode() for k in range(runtime.getDeviceCount())]
+    compiler = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    where = f"CUDA in {cupy.cuda.get_cuda_path()}, kernel cache in {cupy.cuda.compiler.get_cache_dir()}"
+    return f"{', '.join(names)}; runtime {runtime.runtimeGetVersion()}, NVRTC {compiler}; {where}"
 
 
 def _mpi() -> str:

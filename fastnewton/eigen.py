@@ -1,6 +1,7 @@
 """Everything of size m × m, in float64: projection, eigenproblem, cutoff, coefficients, caps on the step length."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -8,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from fastnewton.arrays import EPS
+from fastnewton.info import GO, NOT_FINITE, StepInfo, recorded
 from fastnewton.kernels import spectrum as small
 
 
 @dataclass(frozen=True)
 class Gram:
     """Inner products of the centred gradients, already projected by C = I − 11ᵀ/m.
+
+    NumPy arrays and numbers for arrays in CPU memory, CuPy arrays for those on a CUDA device.
 
     Attributes
     ----------
@@ -41,13 +45,13 @@ class Gram:
 
     @cached_property
     def is_finite(self) -> bool:
-        """Whether the products of the gradients are finite."""
-        return all(map(math.isfinite, (self.norm2, *self.projection.tolist()))) and small.is_finite(self.matrix)
+        """Whether the products of the gradients are finite; an infinite floor is an overflow of ‖ḡ‖²."""
+        return math.isfinite(self.floor) and small.is_finite(self.matrix)
 
     @cached_property
     def of_thetas_is_finite(self) -> bool:
         """Whether the products of the thetas are finite; true where none were given."""
-        return self.theta_matrix is None or small.is_finite(self.theta_matrix)
+        return self.theta_matrix is None or (math.isfinite(self.theta_floor) and small.is_finite(self.theta_matrix))
 
 
 @dataclass(frozen=True)
@@ -88,20 +92,30 @@ def projected(raw: Any, dtype: str) -> Gram:
     return replace(
         found,
         theta_matrix=small.centred(raw.theta_matrix),
-        cross_matrix=small.centred(raw.cross_matrix),
+        cross_matrix=None if raw.cross_matrix is None else small.centred(raw.cross_matrix),
         theta_floor=2 * EPS[dtype] * math.sqrt(raw.theta_mean_norm2),
     )
 
 
-def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
+def spectrum(gram: Gram, cutoff: float, max_rank: int | None, eigh: Callable = np.linalg.eigh) -> Spectrum:
     """Eigenpairs of K, the rank j and the coefficients c; see `fastnewton.spectrum`."""
     m = gram.projection.size
     if not gram.is_finite:
         return Spectrum(np.full(m, np.nan), np.full((m, m), np.nan), 0, np.full(m, np.nan), 0.0)
-    squares, vectors = np.linalg.eigh(gram.matrix)
+    squares, vectors = eigh(gram.matrix)
     largest_rank = m if max_rank is None else min(m, max_rank)
     found = small.coefficients(squares, vectors, gram.projection, gram.norm2, cutoff, gram.floor, largest_rank)
     return Spectrum(*found)
+
+
+def decide(gram: Gram, lr: float, options: Any, eigh: Callable = np.linalg.eigh) -> StepInfo:
+    """The coefficients and step length that follow from the small matrices alone."""
+    found = spectrum(gram, options.cutoff, options.max_rank, eigh)
+    usable = options.lr_cap != "curvature" or found.rank == 0 or gram.of_thetas_is_finite
+    tau = capped(lr, options.lr_cap, gram, found) if usable else lr
+    status = GO if gram.is_finite and usable else NOT_FINITE
+    beta = tau if options.lr_rest is None else options.lr_rest
+    return StepInfo(recorded(status, found.rank, tau, beta, found.captured, found.singular_values, found.coefficients))
 
 
 def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:

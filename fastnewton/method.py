@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton import arrays, eigen
+from fastnewton import arrays
 from fastnewton.arrays import Rows
-from fastnewton.backends import kernels
+from fastnewton.backends import backend
 from fastnewton.eigen import Gram, Spectrum
+from fastnewton.info import GO, StepInfo
 
 PRECISE_CUTOFF = 1e-3  # smaller directions drown in the rounding of float32 products
 
@@ -48,34 +49,6 @@ class NonFiniteError(ArithmeticError):
     def overflow(cls) -> "NonFiniteError":
         """The error for finite input whose step is not finite."""
         return cls("overflow: thetas and grads are finite, but the step is not; scale the problem down")
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a step did.
-
-    Attributes
-    ----------
-    rank : int
-        j, the number of directions along which the inverse Hessian was applied.
-    singular_values : (m,) float64
-        σ_1 ≥ … ≥ σ_m of G, without the workers left out.
-    coefficients : (m,) float64
-        c, one for each worker that was not left out.
-    lr : float
-        τ after `lr_cap`.
-    captured : float
-        ‖U_jᵀḡ‖²/‖ḡ‖², the share of the mean gradient in the kept directions; 0 when ḡ = 0.
-    dropped : tuple of int
-        The workers left out because they were not finite.
-    """
-
-    rank: int
-    singular_values: np.ndarray
-    coefficients: np.ndarray
-    lr: float
-    captured: float
-    dropped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,9 +130,10 @@ def step(
     lr = arrays.real(lr, "lr")
     options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
     first, second = arrays.pair(thetas, grads)
-    target = arrays.output(out, first, (first, second))
-    info = _step(first, second, lr, options, target.rows)
-    return target.finish(), info
+    with backend(first).context(first, second):
+        target = arrays.output(out, first, (first, second))
+        info = _step(first, second, lr, options, target.rows)
+        return target.finish(), info
 
 
 def apply_inverse(
@@ -189,13 +163,13 @@ def apply_inverse(
     options = Options.checked(cutoff, max_rank, None, None, "propagate")
     first, second = arrays.pair(thetas, grads)
     vector = arrays.vector(z, "z", second, "grads")
-    target = arrays.output(out, first, (first, second, vector))
-    compute = options.compute(second.dtype)
-    found = eigen.spectrum(_gram(second, vector, None, compute), options.cutoff, options.max_rank)
-    kernels(first).combine(
-        first, second, found.coefficients, tau=1.0, beta=1.0, z=vector, out=target.rows, compute=compute
-    )
-    return target.finish()
+    compute, side = options.compute(second.dtype), backend(first)
+    with side.context(first, second, vector):
+        target = arrays.output(out, first, (first, second, vector))
+        found = side.spectrum(side.gram(second, vector, None, compute), options.cutoff, options.max_rank)
+        c = found.coefficients
+        side.combine(first, second, c, tau=1.0, beta=1.0, z=vector, out=target.rows, compute=compute)
+        return target.finish()
 
 
 def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None = None) -> Gram:
@@ -229,7 +203,9 @@ def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None
     if thetas is not None:
         first = arrays.rows(thetas, "thetas")
         arrays.check_pair(first, second)
-    return _gram(second, vector, first, compute)
+    given = [one for one in (second, vector, first) if one is not None]
+    with backend(second).context(*given):
+        return backend(second).gram(second, vector, first, compute)
 
 
 def spectrum(gram: Gram, *, cutoff: float = 0.1, max_rank: int | None = None) -> Spectrum:
@@ -255,7 +231,9 @@ def spectrum(gram: Gram, *, cutoff: float = 0.1, max_rank: int | None = None) ->
     """
     if not isinstance(gram, Gram):
         raise TypeError(f"gram must be a Gram, as fastnewton.gram returns it; got {type(gram).__name__}")
-    return eigen.spectrum(gram, arrays.fraction(cutoff, "cutoff"), arrays.count(max_rank, "max_rank"))
+    where = arrays.small_matrices(gram)
+    with backend(where).context(where):
+        return backend(where).spectrum(gram, arrays.fraction(cutoff, "cutoff"), arrays.count(max_rank, "max_rank"))
 
 
 def combine(
@@ -293,10 +271,11 @@ def combine(
     beta = tau if lr_rest is None else arrays.real(lr_rest, "lr_rest")
     first, second = arrays.pair(thetas, grads)
     compute = compute_type(first.dtype, arrays.choice(precision, "precision", (None, "float64")))
-    c = arrays.coefficient_vector(coefficients, first.m)
-    target = arrays.output(out, first, (first, second))
-    kernels(first).combine(first, second, c, tau=tau, beta=beta, out=target.rows, compute=compute)
-    return target.finish()
+    c = arrays.coefficient_vector(coefficients, first)
+    with backend(first).context(first, second):
+        target = arrays.output(out, first, (first, second))
+        backend(first).combine(first, second, c, tau=tau, beta=beta, z=None, out=target.rows, compute=compute)
+        return target.finish()
 
 
 def compute_type(dtype: str, precision: str | None) -> str:
@@ -304,45 +283,19 @@ def compute_type(dtype: str, precision: str | None) -> str:
     return "float64" if dtype == "float64" or precision == "float64" else "float32"
 
 
-def _gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str) -> Gram:
-    return eigen.projected(kernels(grads).gram(grads, z, thetas, compute=compute), grads.dtype)
-
-
 def _step(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
-    """The step on checked input, written to `out`."""
-    measured = thetas if options.lr_cap == "curvature" else None
-    compute = options.compute(grads.dtype)
-    found = _gram(grads, None, measured, compute)
-    if options.nonfinite != "propagate" and not (found.is_finite and found.of_thetas_is_finite):
-        if workers := arrays.nonfinite_workers(thetas, grads):
+    """The step on checked input, written to `out`; what overflows is repeated in float64."""
+    side = backend(thetas)
+    products = sums = options.compute(grads.dtype)
+    while True:
+        info = side.attempt(thetas, grads, lr, options, out, products=products, sums=sums)
+        if options.nonfinite == "propagate" or info.is_sound:
+            return info
+        if workers := side.nonfinite_workers(thetas, grads):
             return _without(workers, thetas, grads, lr, options, out)
-        found = _gram(grads, None, measured, "float64")
-        if not (found.is_finite and found.of_thetas_is_finite):
+        if (products if info.status != GO else sums) == "float64":
             raise NonFiniteError.overflow()
-    decided = decide(found, lr, options)
-    finite = combined(thetas, grads, decided, options, out, compute)
-    if options.nonfinite == "propagate" or finite:
-        return decided
-    if workers := arrays.nonfinite_workers(thetas, grads):
-        return _without(workers, thetas, grads, lr, options, out)
-    if not combined(thetas, grads, decided, options, out, "float64"):
-        raise NonFiniteError.overflow()
-    return decided
-
-
-def decide(gram: Gram, lr: float, options: Options) -> StepInfo:
-    """The coefficients and step length that follow from the small matrices alone."""
-    found = eigen.spectrum(gram, options.cutoff, options.max_rank)
-    tau = eigen.capped(lr, options.lr_cap, gram, found)
-    return StepInfo(found.rank, found.singular_values, found.coefficients, tau, found.captured)
-
-
-def combined(thetas: Rows, grads: Rows, decided: StepInfo, options: Options, out: Rows, compute: str) -> bool:
-    """Write θ_new to `out`; False if it is not finite."""
-    beta = decided.lr if options.lr_rest is None else options.lr_rest
-    return kernels(thetas).combine(
-        thetas, grads, decided.coefficients, tau=decided.lr, beta=beta, out=out, compute=compute
-    )
+        products, sums = ("float64", sums) if info.status != GO else (products, "float64")
 
 
 def _without(workers: list[int], thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:

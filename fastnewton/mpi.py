@@ -20,10 +20,11 @@ import numpy as np
 
 from fastnewton import arrays, eigen
 from fastnewton.arrays import Rows
-from fastnewton.backends import kernels
+from fastnewton.backends import backend
+from fastnewton.info import GO, HEADER, STATUS, StepInfo
 from fastnewton.kernels import threads, tree
 from fastnewton.launch import foreign_launcher
-from fastnewton.method import NonFiniteError, Options, StepInfo, combined, decide
+from fastnewton.method import NonFiniteError, Options
 
 try:
     from mpi4py import MPI
@@ -40,9 +41,7 @@ _MPI_TYPES = {
 }
 _WORDS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
 
-# What rank 0 broadcasts before the coefficients.
-_GO, _BAD_INPUT, _NOT_FINITE = 0.0, 1.0, 2.0
-_HEADER = 4
+_BAD_INPUT = 3  # the status that rank 0 broadcasts where a rank has nothing to step with
 
 
 class DistNewton:
@@ -87,7 +86,7 @@ class DistNewton:
         if comm.size > arrays.MAX_WORKERS:
             raise ValueError(f"comm must have at most {arrays.MAX_WORKERS} ranks; got {comm.size}")
         self._comm = comm.Dup()
-        self._agreed: tuple[int, str] | None = None
+        self._like: Rows | None = None  # what a rank's arrays are like, once agreed on
 
         def settle() -> tuple[float, Options]:
             arrays.choice(exchange, "exchange", EXCHANGES)
@@ -116,7 +115,7 @@ class DistNewton:
         """Free the communicator and the buffers."""
         if self._comm != MPI.COMM_NULL:
             self._comm.Free()
-        self._stack_g = self._stack_t = None
+        self._stacks = self._gathered = None
 
     def step(self, theta: Any, grad: Any, *, lr: float | None = None, out: Any = None) -> tuple[Any, StepInfo]:
         """One step; θ_new has the same bits on every rank.
@@ -147,7 +146,7 @@ class DistNewton:
         if self._comm == MPI.COMM_NULL:
             raise ValueError("this DistNewton is closed")
         checked, problem = _attempt(lambda: self._checked(theta, grad, lr, out))
-        if self._agreed is None:
+        if self._like is None:
             self._agree(checked, problem)
         with threads.set_thread_limit(self._threads):
             return self._allgather_step(checked, problem)
@@ -160,16 +159,17 @@ class DistNewton:
         arrays.check_alike(second, "grad", first, "theta")
         if second.n != first.n:
             raise ValueError(f"grad must have the length {first.n} of theta; got {second.n}")
-        if self._agreed is not None:
-            n, dtype = self._agreed
-            if (first.n, first.dtype) != (n, dtype):
+        if self._like is not None:
+            wanted = self._like
+            if (first.n, first.dtype, first.device) != (wanted.n, wanted.dtype, wanted.device):
                 raise ValueError(
-                    f"theta must keep the length and dtype of the first step, {n} and {dtype}; "
-                    f"got {first.n} and {first.dtype}"
+                    f"theta must keep the length, dtype and device of the first step, {wanted.n}, {wanted.dtype} and "
+                    f"{wanted.device}; got {first.n}, {first.dtype} and {first.device}"
                 )
         inputs = (second,) if out is theta else (first, second)
         tau = self._lr if lr is None else arrays.real(lr, "lr")
-        return first, second, arrays.output(out, first, inputs), tau
+        with backend(first).context(first):
+            return first, second, arrays.output(out, first, inputs), tau
 
     def _agree(self, checked: Any, problem: Exception | None) -> None:
         """Allocate, then make sure that n, dtype, options and kernels are the same on all ranks."""
@@ -177,7 +177,7 @@ class DistNewton:
         if checked is not None:
             first = checked[0]
             _, problem = _attempt(lambda: self._allocate(first))
-            record = repr((first.n, first.dtype, kernels(first).layout())).encode()[:64]
+            record = repr((first.n, first.dtype, backend(first).layout())).encode()[:64]
         mine = (self._digest + record.ljust(64)) if problem is None else b"\0" * 72
         every = np.zeros((size, 72), np.uint8)
         self._comm.Allgather(np.frombuffer(mine, np.uint8), every)
@@ -191,12 +191,13 @@ class DistNewton:
                 raise ValueError(
                     f"rank {rank}: theta must have the (length, dtype, kernel layout) of rank 0, {wanted}; got {given}"
                 )
-        self._agreed = (first.n, first.dtype)
+        self._like = first._replace(owner=None)
 
     def _allocate(self, like: Rows) -> None:
-        m, word = self._comm.size, _WORDS[like.dtype]
-        self._stack_t, self._stack_g = (arrays.aligned((m, like.n), word) for _ in range(2))
-        for stack in (self._stack_t, self._stack_g):
+        shape, word = (self._comm.size, like.n), _WORDS[like.dtype]
+        with backend(like).context(like):
+            self._stacks = [backend(like).receiving(shape, word) for _ in range(2)]
+        for stack in self._stacks:
             stack[self._comm.rank] = 0  # what is sent in place of bad input
 
     def _raise_first(self, problem: Exception | None) -> None:
@@ -209,82 +210,68 @@ class DistNewton:
     # -- allgather ------------------------------------------------------------------------------------------
 
     def _allgather_step(self, checked: Any, problem: Exception | None) -> tuple[Any, StepInfo]:
-        n, dtype = self._agreed
+        n, dtype = self._like.n, self._like.dtype
         kind = _MPI_TYPES[dtype]
         if checked is None:
-            mine = [stack[self._comm.rank].copy() for stack in (self._stack_t, self._stack_g)]
+            mine = [stack[self._comm.rank].copy() for stack in self._stacks]
             target, tau = None, self._lr
         else:
             *given, target, tau = checked
-            mine = [arrays.memory(one, _WORDS[dtype]) for one in given]
-        theta_on_its_way = self._comm.Iallgather([mine[0], n, kind], [self._stack_t, n, kind])
-        self._comm.Allgather([mine[1], n, kind], [self._stack_g, n, kind])
+            mine = [backend(one).sendable(one, _WORDS[dtype]) for one in given]
+        theta_on_its_way = self._comm.Iallgather([mine[0], n, kind], [self._stacks[0], n, kind])
+        self._comm.Allgather([mine[1], n, kind], [self._stacks[1], n, kind])
         theta_on_its_way.Wait()
-        info = self._round(np.arange(self._comm.size), tau, target, problem)
-        return target.finish(), info
+        like = self._like if checked is None else given[0]
+        with backend(like).context(like):
+            self._gathered = [backend(like).received(stack, like) for stack in self._stacks]
+            info = self._round(np.arange(self._comm.size), tau, target, problem)
+            return target.finish(), info
 
     def _round(self, workers: np.ndarray, tau: float, target: Any, problem: Any) -> StepInfo:
         """The step of these workers, as `fastnewton.method` takes it; collective."""
-        dtype, options = self._agreed[1], self._options
-        thetas, grads = (_rows_of(stack, dtype).only(workers) for stack in (self._stack_t, self._stack_g))
-        compute = options.compute(dtype)
-        decided = self._decide(thetas, grads, tau, compute, problem)
-        if decided is None:
+        options = self._options
+        thetas, grads = (given.only(workers) for given in self._gathered)
+        products = sums = options.compute(grads.dtype)
+        while True:
+            info = self._decide(thetas, grads, tau, products, problem)
+            if info.status == GO or options.nonfinite == "propagate":
+                backend(grads).finish(thetas, grads, info, target.rows, sums)
+            if options.nonfinite == "propagate" or info.is_sound:
+                return info
             if bad := self._nonfinite_workers(workers):
                 return self._without(bad, workers, tau, target)
-            decided = self._decide(thetas, grads, tau, "float64", None)
-            if decided is None:
+            if (products if info.status != GO else sums) == "float64":
                 raise NonFiniteError.overflow()
-        finite = combined(thetas, grads, decided, options, target.rows, compute)
-        if finite or options.nonfinite == "propagate":
-            return decided
-        if bad := self._nonfinite_workers(workers):
-            return self._without(bad, workers, tau, target)
-        if not combined(thetas, grads, decided, options, target.rows, "float64"):
-            raise NonFiniteError.overflow()
-        return decided
+            products, sums = ("float64", sums) if info.status != GO else (products, "float64")
 
-    def _decide(
-        self, thetas: Rows, grads: Rows, tau: float, compute: str, problem: Exception | None
-    ) -> StepInfo | None:
-        """Rank 0's decision from the parts of all ranks; None if K is not finite and that matters."""
+    def _decide(self, thetas: Rows, grads: Rows, tau: float, compute: str, problem: Exception | None) -> StepInfo:
+        """Rank 0's decision from the parts of all ranks."""
         m, with_thetas = grads.m, self._options.lr_cap == "curvature"
         total = self._summed(grads, thetas if with_thetas else None, compute, problem)
-        verdict = np.zeros(_HEADER + 2 * m)
+        record = np.zeros(HEADER + 2 * m)
         if total is not None:
-            raw = kernels(grads).gram_total(total, m, with_z=False, with_thetas=with_thetas)
-            found = eigen.projected(raw, grads.dtype)
-            if self._options.nonfinite == "propagate" or (found.is_finite and found.of_thetas_is_finite):
-                info = decide(found, tau, self._options)
-                verdict[:_HEADER] = _GO, info.rank, info.lr, info.captured
-                verdict[_HEADER:] = *info.singular_values, *info.coefficients
-            else:
-                verdict[0] = _NOT_FINITE
+            gram = backend(grads).total(total, m, grads.dtype, with_thetas)
+            record = eigen.decide(gram, tau, self._options).record
         elif self._comm.rank == 0:
-            verdict[0] = _BAD_INPUT
-        self._comm.Bcast(verdict, root=0)
-        if verdict[0] == _BAD_INPUT:
+            record[STATUS] = _BAD_INPUT
+        self._comm.Bcast(record, root=0)
+        if record[STATUS] == _BAD_INPUT:
             self._raise_first(problem)
-        if verdict[0] == _NOT_FINITE:
-            return None
-        sigma, c = verdict[_HEADER:].reshape(2, m)
-        return StepInfo(int(verdict[1]), sigma, c, float(verdict[2]), float(verdict[3]))
+        return StepInfo(record)
 
     def _summed(
         self, grads: Rows, thetas: Rows | None, compute: str, problem: Exception | None
     ) -> list[tree.Part] | None:
         """On rank 0 the parts of all ranks in order, or None if a rank has a problem; None elsewhere."""
-        backend, comm = kernels(grads), self._comm
-        blocks = backend.blocks(grads.n)
+        side, comm = backend(grads), self._comm
+        blocks = side.blocks(grads.n)
         bounds = [blocks * rank // comm.size for rank in range(comm.size + 1)]
-        places = [tree.subtrees(*run, blocks) for run in itertools.pairwise(bounds)]
-        width = backend.part_size(grads.m, with_z=False, with_thetas=thetas is not None)
+        places = [side.places(*run, blocks) for run in itertools.pairwise(bounds)]
+        width = side.part_size(grads.m, thetas is not None)
         mine = np.zeros(1 + len(places[comm.rank]) * width)
         mine[0] = problem is not None
         if problem is None:
-            first, last = bounds[comm.rank : comm.rank + 2]
-            parts = backend.gram_parts(grads, None, thetas, compute=compute, first=first, last=last)
-            mine[1:] = np.concatenate([np.empty(0), *(part.values for part in parts)])
+            mine[1:] = side.parts(grads, thetas, compute, *bounds[comm.rank : comm.rank + 2])
         counts = [1 + len(own) * width for own in places]
         every = np.empty(sum(counts)) if comm.rank == 0 else None
         comm.Gatherv(mine, [every, counts] if comm.rank == 0 else None, root=0)
@@ -303,7 +290,7 @@ class DistNewton:
         """Collective: those of the workers whose own θ or g is not finite."""
         # The rows as they were sent: with out=theta the caller's θ may be overwritten by now.
         here = slice(self._comm.rank, self._comm.rank + 1)
-        own = [_rows_of(stack[here], self._agreed[1]) for stack in (self._stack_t, self._stack_g)]
+        own = [arrays.rows_of(stack[here], self._like.dtype) for stack in self._stacks]
         flags = np.zeros(self._comm.size, np.int8)
         self._comm.Allgather(np.array([bool(arrays.nonfinite_workers(*own))], np.int8), flags)
         return [int(k) for k in workers if flags[k]]
@@ -313,12 +300,6 @@ class DistNewton:
             raise NonFiniteError.of(bad)
         info = self._round(np.setdiff1d(workers, bad), tau, target, None)
         return dataclasses.replace(info, dropped=tuple(bad))
-
-
-def _rows_of(stack: np.ndarray, dtype: str) -> Rows:
-    """One of the object's own buffers as rows."""
-    table = stack.ctypes.data + stack.strides[0] * np.arange(stack.shape[0], dtype=np.int64)
-    return Rows(table, stack.shape[1], dtype, "numpy", stack)
 
 
 def _attempt(task: Callable[[], Any]) -> tuple[Any, Exception | None]:

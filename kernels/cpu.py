@@ -59,36 +59,45 @@ def layout() -> tuple[int, int, int]:
 
 # -- gram ---------------------------------------------------------------------------------------------------
 #
-# K = GᵀG (m, m), b = Gᵀz (m,), zᵀz and ‖ḡ‖², where z is ḡ unless given; with thetas also ΘᵀΘ, ΘᵀG and ‖θ̄‖².
-# Bytes: m·n·itemsize, twice that with thetas.  Flops: m(m+1)n + 2mn.
+# K = GᵀG (m, m), b = Gᵀz (m,), zᵀz and ‖ḡ‖², where z is ḡ unless given; with thetas also ΘᵀΘ and ‖θ̄‖², in float64
+# because the smallest directions of Θ drown in the rounding of float32 products; with cross ΘᵀG.
+# Bytes: m·n·itemsize, twice that with thetas, four times with cross.  Flops: m(m+1)n + 2mn.
 # Bits: a float32 lane takes at most 256 terms, lanes are added pairwise, and from there on all is float64 in the
 # order of the tree: the same for any number of threads or ranks.
 
 
-def gram(grads, z=None, thetas=None, *, compute: str) -> RawGram:
+def gram(grads, z=None, thetas=None, *, compute: str, cross: bool = True) -> RawGram:
     """K, b and the norms over all coordinates; arguments as in `gram_parts`."""
-    parts = gram_parts(grads, z, thetas, compute=compute)
-    return gram_total(parts, grads.m, with_z=z is not None, with_thetas=thetas is not None)
+    parts = gram_parts(grads, z, thetas, compute=compute, cross=cross)
+    with_thetas = thetas is not None
+    return gram_total(parts, grads.m, with_z=z is not None, with_thetas=with_thetas, with_cross=with_thetas and cross)
 
 
-def gram_parts(grads, z=None, thetas=None, *, compute: str, first: int = 0, last: int | None = None):
+def gram_parts(
+    grads, z=None, thetas=None, *, compute: str, cross: bool = True, first: int = 0, last: int | None = None
+):
     """The parts of blocks first … last−1, as the maximal subtrees of that run.
 
-    grads and thetas are Rows of one shape and dtype, z is Rows of one row; compute is "float32" or "float64".
+    grads and thetas are Rows of one shape and dtype, z is Rows of one row; compute is "float32" or "float64", the type
+    in which products of gradients are formed.
     """
     m, n = grads.m, grads.n
     last = blocks(n) if last is None else last
-    table = grads.table if z is None else np.concatenate([grads.table, z.table])
-    passes = [(_gram_kernel(m if m <= STRAIGHT else 0, grads.dtype, compute, z is not None), table)]
-    if thetas is not None:
-        passes.append((_pair_kernel(grads.dtype, compute), np.concatenate([thetas.table, grads.table])))
+    with_z, with_thetas = z is not None, thetas is not None
+    exactly = m if m <= STRAIGHT else 0
+    table = np.concatenate([grads.table, z.table]) if with_z else grads.table
+    passes = [(_gram_kernel(exactly, grads.dtype, compute, with_z), table, _gram_size(m, with_z))]
+    if with_thetas:
+        passes.append((_gram_kernel(exactly, grads.dtype, "float64", False), thetas.table, _gram_size(m, False)))
+    if with_thetas and cross:
+        passes.append((_cross_kernel(grads.dtype), np.concatenate([thetas.table, grads.table]), _cross_size(m)))
     pieces = tree.subtrees(first, last, blocks(n), _piece_level(grads, last - first))
     places = np.array(pieces, np.int64).reshape(-1, 2)
-    sums = [np.empty((len(pieces), size)) for size in (_gram_size(m, z is not None), _pair_size(m))[: len(passes)]]
+    sums = [np.empty((len(pieces), size)) for *_, size in passes]
     taken = np.zeros((len(passes), 1), np.int64)
 
     def work() -> None:
-        for (kernel, table), result, counter in zip(passes, sums, taken, strict=True):
+        for (kernel, table, _), result, counter in zip(passes, sums, taken, strict=True):
             kernel(m, table, n, grads.itemsize, places, last, counter, result)
 
     if pieces:
@@ -98,23 +107,25 @@ def gram_parts(grads, z=None, thetas=None, *, compute: str, first: int = 0, last
     return parts if len(parts) == 1 else tree.merged(parts, first, last, blocks(n))
 
 
-def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool) -> RawGram:
+def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> RawGram:
     """K, b and the norms, from parts that cover all blocks in order."""
+    kinds = {"with_z": with_z, "with_thetas": with_thetas, "with_cross": with_cross}
+    values = tree.total(parts) if parts else np.zeros(part_size(m, **kinds))
     size = _gram_size(m, with_z)
-    values = tree.total(parts) if parts else np.zeros(part_size(m, with_z=with_z, with_thetas=with_thetas))
     full = _unpacked(values[:size], m, with_z)
     last = m + with_z  # the row of z, or of the mean
     raw = RawGram(full[:m, :m], full[:m, last], float(full[last, last]), float(full[m, m]))
     if not with_thetas:
         return raw
-    end = size + _triangle_size(m + 1)
-    theta, cross = _from_triangle(values[size:end], m + 1), _from_square(values[end:], m)
-    return raw._replace(theta_matrix=theta[:m, :m], cross_matrix=cross, theta_mean_norm2=float(theta[m, m]))
+    end = size + _gram_size(m, False)
+    theta = _unpacked(values[size:end], m, False)
+    raw = raw._replace(theta_matrix=theta[:m, :m], theta_mean_norm2=float(theta[m, m]))
+    return raw._replace(cross_matrix=_from_square(values[end:], m)) if with_cross else raw
 
 
-def part_size(m: int, *, with_z: bool, with_thetas: bool) -> int:
+def part_size(m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> int:
     """Numbers in one part."""
-    return _gram_size(m, with_z) + with_thetas * _pair_size(m)
+    return _gram_size(m, with_z) + with_thetas * _gram_size(m, False) + with_cross * _cross_size(m)
 
 
 def _piece_level(grads, count: int) -> int:
@@ -145,8 +156,8 @@ def _gram_size(m: int, with_z: bool) -> int:
     return len(_pairs(m, with_z)) if m <= STRAIGHT else _triangle_size(m + 1 + with_z)
 
 
-def _pair_size(m: int) -> int:
-    return _triangle_size(m + 1) + TILE * TILE * _tiles(m + 1) ** 2
+def _cross_size(m: int) -> int:
+    return (TILE * _tiles(m)) ** 2
 
 
 def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
@@ -177,8 +188,8 @@ def _from_triangle(values: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _from_square(values: np.ndarray, rows: int) -> np.ndarray:
-    """The (rows, rows) matrix from all tiles of one that has a row more, row after row of tiles."""
-    side = _tiles(rows + 1)
+    """The (rows, rows) matrix from all its tiles, row after row of tiles."""
+    side = _tiles(rows)
     tiles = values.reshape(side, side, TILE, TILE)
     return tiles.transpose(0, 2, 1, 3).reshape(side * TILE, side * TILE)[:rows, :rows]
 
@@ -192,8 +203,8 @@ def _gram_kernel(m: int, storage: str, compute: str, with_z: bool):
 
 
 @cache
-def _pair_kernel(storage: str, compute: str):
-    return specialised(_gram_run, ("pair", storage, compute, 0), (INT, *_GRAM_ARGUMENTS))
+def _cross_kernel(storage: str):
+    return specialised(_gram_run, ("cross", storage, "float64", 0), (INT, *_GRAM_ARGUMENTS))
 
 
 _GRAM_ARGUMENTS = (INTS, INT, INT, types.Array(INT, 2, "C"), INT, INTS, types.Array(FLOAT, 2, "C"))
@@ -341,24 +352,18 @@ def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strip
                 _tile(storage, compute, left, right, steps, ahead, also, sums + done * TILE * TILE * 8)
                 done += 1
 
-    def pair(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
-        steps = strips * (STRIP // width)
-        side = (m + TILE) // TILE
-        thetas, grads = scratch, scratch + side * TILE * row
+    def cross(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+        steps, side = strips * (STRIP // width), (m + TILE - 1) // TILE
+        thetas, grads = scratch, scratch + (m + TILE) * row
         _centre(storage, compute, m, table, offset, steps, thetas, 0)
         _centre(storage, compute, m, table + 8 * m, offset, steps, grads, 0)
-        for i in range(side):
-            for j in range(i, side):
-                left, right = thetas + i * TILE * row, thetas + j * TILE * row
-                _tile(storage, compute, left, right, steps, left, left, sums)
-                sums += TILE * TILE * 8
         for i in range(side):
             for j in range(side):
                 left, right = thetas + i * TILE * row, grads + j * TILE * row
                 _tile(storage, compute, left, right, steps, left, left, sums)
                 sums += TILE * TILE * 8
 
-    return tiled if kind.literal_value == "tiled" else pair
+    return tiled if kind.literal_value == "tiled" else cross
 
 
 @intrinsic(prefer_literal=True)

@@ -6,6 +6,7 @@ digest of all sources is one of the options.
 
 import hashlib
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -16,9 +17,6 @@ import numpy as np
 FOLDER = Path(__file__).parent
 LIMIT = 64  # workers up to which the kernels do all the work; beyond, a BLAS multiplies and cuSOLVER diagonalises
 STRAIGHT = {"float32": 12, "float64": 8}  # workers whose products fit into a thread's registers
-HEADER = 8  # numbers before σ and c in a record, see record.cuh
-STATUS, RANK, LR, LR_REST, CAPTURED, SWEEPS, RESULT = range(7)
-GO, NOT_FINITE, NOT_CONVERGED = range(3)
 CAPS = (None, "sigma", "curvature")
 
 _CTYPES = {"float32": "float", "float64": "double"}
@@ -116,6 +114,32 @@ def keep(array: Any) -> None:
 def clear_caches() -> None:
     """Release the memory that is kept on devices."""
     _workspaces.clear()
+
+
+# -- host memory --------------------------------------------------------------------------------------------
+
+
+def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Page-locked host memory, which the device copies to and from at full speed."""
+    count = math.prod(shape)
+    memory = cupy().cuda.alloc_pinned_memory(max(1, count * np.dtype(dtype).itemsize))
+    return np.frombuffer(memory, dtype, count).reshape(shape)
+
+
+def fetched(one: Any, target: np.ndarray) -> np.ndarray:
+    """Copy a vector to pinned memory, and wait for it."""
+    runtime, stream = cupy().cuda.runtime, cupy().cuda.get_current_stream()
+    runtime.memcpyAsync(target.ctypes.data, _address(one), target.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
+    stream.synchronize()
+    return target
+
+
+def sent(source: np.ndarray) -> Any:
+    """An array on the device with what pinned memory holds; the memory must stay as it is until the stream is done."""
+    runtime, stream = cupy().cuda.runtime, cupy().cuda.get_current_stream()
+    array = cupy().empty(source.shape, source.dtype)
+    runtime.memcpyAsync(array.data.ptr, source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice, stream.ptr)
+    return array
 
 
 # -- launch arguments ---------------------------------------------------------------------------------------
@@ -232,7 +256,9 @@ def _parts(name: str, macros: dict[str, Any], arguments: tuple, rows: Any) -> tu
     return parts, blocks
 
 
-def _finish(rows: Any, kind: dict[str, Any], parts: Any, blocks: int, matrix: Any, projection: Any, scalars: Any) -> None:
+def _finish(
+    rows: Any, kind: dict[str, Any], parts: Any, blocks: int, matrix: Any, projection: Any, scalars: Any
+) -> None:
     macros, _ = _macros(rows, "float64", [np.zeros(1, np.int64)], **kind | {"THREADS": _FINISH_THREADS})
     shared = 8 * products(rows.m, kind)
     kernel = _compiled("spectrum.cu", "finish", shared, **macros)
@@ -242,23 +268,38 @@ def _finish(rows: Any, kind: dict[str, Any], parts: Any, blocks: int, matrix: An
 
 def large_gram(rows: Any, z: Any, *, compute: str) -> Any:
     """The sums of products of the centred rows, ḡ (and z) of any number of workers, on the device."""
+    height = rows.m + 1 + (z is not None)
+    total = cupy().zeros((height, height), np.float64)
+    for centred in _centred(rows, z, compute):
+        total += cupy().matmul(centred, centred.transpose(0, 2, 1)).sum(axis=0, dtype=np.float64)
+    return total
+
+
+def large_cross(thetas: Any, grads: Any) -> Any:
+    """ΘᵀG (m, m) of any number of workers, on the device."""
+    m = grads.m
+    total = cupy().zeros((m, m), np.float64)
+    for left, right in zip(_centred(thetas, None, "float64"), _centred(grads, None, "float64"), strict=True):
+        total += cupy().matmul(left[:, :m], right[:, :m].transpose(0, 2, 1)).sum(axis=0, dtype=np.float64)
+    return total
+
+
+def _centred(rows: Any, z: Any, compute: str) -> Iterator[Any]:
+    """The centred rows, their mean (and z), stretch by stretch as (batch, height, _LENGTH) in memory that is reused."""
     with_z = int(z is not None)
-    height = rows.m + 1 + with_z
+    height, group = rows.m + 1 + with_z, 16 // rows.itemsize
     tables = [rows.table] if z is None else [rows.table, z.table]
     macros, shift = _macros(rows, compute, tables, KIND="CENTRE", WITH_Z=with_z, THREADS=_LENGTH, LENGTH=_LENGTH)
     kernel = _compiled("gram.cu", "centre", **macros)
-    group = 16 // rows.itemsize
     step = _LENGTH * group  # coordinates of one block
-    width = np.dtype(compute).itemsize
-    blocks = max(1, min(_CHUNK_BYTES // (height * step * width), -(-rows.n // step)))
-    batches = blocks * group
-    centred = cupy().empty((batches, height, _LENGTH), compute)
-    table, total = _table(rows), cupy().zeros((height, height), np.float64)
+    fitting = _CHUNK_BYTES // (height * step * np.dtype(compute).itemsize)
+    blocks = max(1, min(fitting, -(-rows.n // step)))
+    centred = cupy().empty((blocks * group, height, _LENGTH), compute)
+    table = _table(rows)
     for first in range(0, rows.n, blocks * step):
         arguments = (table, _address(z), np.int32(rows.m), np.int64(first), np.int64(rows.n), shift, centred)
         kernel((blocks,), (_LENGTH,), arguments)
-        total += cupy().matmul(centred, centred.transpose(0, 2, 1)).sum(axis=0, dtype=np.float64)
-    return total
+        yield centred
 
 
 # -- spectrum -----------------------------------------------------------------------------------------------
@@ -270,7 +311,9 @@ def spectrum_shape(m: int) -> tuple[int, int]:
     return 32 if m <= 32 else _BLOCK_THREADS, 8 * (even * (even + 1) // 2 + even * even)
 
 
-def spectrum(gram: Any, *, cutoff: float, max_rank: int | None, lr: float, lr_rest, lr_cap, record, vectors=None) -> None:
+def spectrum(
+    gram: Any, *, cutoff: float, max_rank: int | None, lr: float, lr_rest, lr_cap, record, vectors=None
+) -> None:
     """Write the record of a step (HEADER + 2m,), and V (m, m) where wanted; gram holds arrays on the device."""
     m = gram.projection.size
     threads, shared = spectrum_shape(m)
@@ -291,7 +334,9 @@ def spectrum(gram: Any, *, cutoff: float, max_rank: int | None, lr: float, lr_re
 # -- combine ------------------------------------------------------------------------------------------------
 
 
-def combine(thetas, grads, c, *, tau=0.0, beta=0.0, z=None, out, compute: str, record=None, guarded: bool = False) -> None:
+def combine(
+    thetas, grads, c, *, tau=0.0, beta=0.0, z=None, out, compute: str, record=None, guarded: bool = False
+) -> None:
     """Write the combination to `out`; τ and β come from the record where there is one, which then takes the verdict."""
     tables = [thetas.table, grads.table] if z is None else [thetas.table, grads.table, z.table]
     threads = _STREAM_THREADS * 2

@@ -251,11 +251,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   double *a = memory, *vectors = memory + TRIANGLE;
   double *sigma_out = record + HEADER, *c_out = sigma_out + M;
 
-  bool finite = all_finite(matrix, M * M);
-  finite &= all_finite(projection, M);
-  finite &= all_finite(norm2, 1);
-  if (cap == CURVATURE) finite &= all_finite(thetas, M * M);
-  if (!finite) {
+  const bool finite = all_finite(matrix, M * M), floor_is_finite = all_finite(floor, 1);
+  if (!finite || !floor_is_finite) {
     const double nan = __longlong_as_double(0x7ff8000000000000ll);
     for (int k = threadIdx.x; k < M; k += THREADS) sigma_out[k] = c_out[k] = nan;
     if (vectors_out)
@@ -302,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     kept[0] = rank;
     record[STATUS] = sweeps > MAX_SWEEPS ? NOT_CONVERGED : GO;
     record[RANK] = rank;
-    record[CAPTURED] = *norm2 > 0 ? fmin(1.0, captured / *norm2) : 0;
+    record[CAPTURED] = *norm2 != 0 ? fmin(1.0, captured / *norm2) : 0;
     record[SWEEPS] = sweeps;
     record[RESULT] = record[SPARE] = 0;
   }
@@ -327,8 +324,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   sync();
   double tau = lr;
   if (cap == SIGMA && rank > 0) tau = fmin(lr, 1 / sigma[0]);
-  if (cap == CURVATURE && rank > 0)
-    tau = fmin(lr, least_stretch(thetas, *theta_floor, sigma, vectors, order, rank, a, rotations, flag, scratch));
+  if (cap == CURVATURE && rank > 0) {
+    const bool known = all_finite(thetas, M * M), floor_known = all_finite(theta_floor, 1);
+    if (known && floor_known)
+      tau = fmin(lr, least_stretch(thetas, *theta_floor, sigma, vectors, order, rank, a, rotations, flag, scratch));
+    else if (threadIdx.x == 0)
+      record[STATUS] = NOT_FINITE;
+  }
   if (threadIdx.x == 0) {
     record[LR] = tau;
     record[LR_REST] = isnan(lr_rest) ? tau : lr_rest;

@@ -91,5 +91,5 @@ def _coefficients(build, squares, vectors, projection, norm2, cutoff, floor, lar
         for i in range(m):
             c[i] += descending[i, k] * (along / sigma[k])
     c -= c.sum() / m
-    captured = min(1.0, along2 / norm2) if norm2 > 0 else 0.0
+    captured = min(1.0, along2 / norm2) if norm2 != 0 else 0.0
     return sigma, descending, rank, c, captured

@@ -255,10 +255,10 @@ class Capsule:
 
 
 class Elsewhere(Capsule):
-    """The same, on a GPU as far as it says."""
+    """The same, on a ROCm device as far as it says."""
 
     def __dlpack_device__(self):
-        return (2, 0)
+        return (10, 0)
 
 
 class OldCapsule(Capsule):
@@ -301,7 +301,7 @@ def test_read_only_dlpack_is_taken_as_input_and_refused_as_out(rng):
 def test_dlpack_on_another_device_is_a_type_error(rng, name):
     arrays = dict(zip(("thetas", "grads"), map(Capsule, workers(rng, M, N)), strict=True))
     arrays[name] = Elsewhere(arrays[name]._array)
-    with pytest.raises(TypeError, match=name):
+    with pytest.raises(TypeError, match=f"{name} must be in CPU or CUDA memory"):
         fn.step(**arrays, lr=0.5)
 
 

@@ -58,6 +58,7 @@ def test_public_names():
         "Spectrum",
         "StepInfo",
         "apply_inverse",
+        "clear_caches",
         "combine",
         "gram",
         "show_config",

@@ -1,0 +1,100 @@
+"""The parts of the method in CPU memory: the passes of `kernels/cpu.py` around `eigen.py`."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+
+from fastnewton import arrays, eigen
+from fastnewton.arrays import Rows
+from fastnewton.eigen import Gram, Spectrum
+from fastnewton.info import GO, RESULT, StepInfo
+from fastnewton.kernels import cpu, tree
+
+
+def context(*given: Rows) -> AbstractContextManager:
+    """What must be current while there is work for these arrays."""
+    return nullcontext()
+
+
+def gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, *, cross: bool = True) -> Gram:
+    """The Gram of checked input."""
+    return eigen.projected(cpu.gram(grads, z, thetas, compute=compute, cross=cross), grads.dtype)
+
+
+def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
+    """As `fastnewton.spectrum`."""
+    return eigen.spectrum(gram, cutoff, max_rank)
+
+
+def combine(
+    thetas: Rows, grads: Rows, coefficients: Any, *, tau: float, beta: float, z: Rows | None, out: Rows, compute: str
+) -> None:
+    """θ̄ − τΘc − β(ḡ − Gc), or z + (Θ − G)c, written to `out`."""
+    cpu.combine(thetas, grads, coefficients, tau=tau, beta=beta, z=z, out=out, compute=compute)
+
+
+def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, products: str, sums: str) -> StepInfo:
+    """A step with products and sums in those types; unless NaN is to propagate, only a finite K is acted upon."""
+    measured = thetas if options.lr_cap == "curvature" else None
+    info = eigen.decide(gram(grads, None, measured, products, cross=False), lr, options)
+    if info.status == GO or options.nonfinite == "propagate":
+        finish(thetas, grads, info, out, sums)
+    return info
+
+
+def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str) -> None:
+    """Write θ_new to `out`, and in the record whether it is finite."""
+    tau, beta = info.lr, info.lr_rest
+    finite = cpu.combine(thetas, grads, info.coefficients, tau=tau, beta=beta, out=out, compute=compute)
+    info.record[RESULT] = not finite
+
+
+def nonfinite_workers(*matrices: Rows) -> list[int]:
+    """The workers with a NaN or an infinity in any of their rows."""
+    return arrays.nonfinite_workers(*matrices)
+
+
+# -- parts of K, for several processes ----------------------------------------------------------------------
+
+blocks, layout = cpu.blocks, cpu.layout
+
+
+def places(first: int, last: int, count: int) -> list[tuple[int, int]]:
+    """Which parts a process sends that has blocks first … last−1 of so many."""
+    return tree.subtrees(first, last, count)
+
+
+def part_size(m: int, with_thetas: bool) -> int:
+    """Numbers in one part."""
+    return cpu.part_size(m, with_z=False, with_thetas=with_thetas, with_cross=False)
+
+
+def parts(grads: Rows, thetas: Rows | None, compute: str, first: int, last: int) -> np.ndarray:
+    """The parts of those places, one after the other."""
+    found = cpu.gram_parts(grads, None, thetas, compute=compute, cross=False, first=first, last=last)
+    return np.concatenate([np.empty(0), *(part.values for part in found)])
+
+
+def total(found: list[tree.Part], m: int, dtype: str, with_thetas: bool) -> Gram:
+    """The Gram, from the parts of all blocks in order."""
+    raw = cpu.gram_total(found, m, with_z=False, with_thetas=with_thetas, with_cross=False)
+    return eigen.projected(raw, dtype)
+
+
+# -- memory that MPI reads and writes -----------------------------------------------------------------------
+
+
+def receiving(shape: tuple[int, int], word: Any) -> np.ndarray:
+    """Memory for what all ranks send."""
+    return arrays.aligned(shape, word)
+
+
+def sendable(one: Rows, word: Any) -> np.ndarray:
+    """A caller's vector as MPI can send it."""
+    return arrays.memory(one, word)
+
+
+def received(stack: np.ndarray, like: Rows) -> Rows:
+    """What was received as rows that kernels can read."""
+    return arrays.rows_of(stack, like.dtype)

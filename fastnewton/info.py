@@ -1,0 +1,96 @@
+"""What a step did, as it is kept: a record of float64 numbers, on the host or still on a device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+HEADER = 8  # numbers before σ (m,) and c (m,); kernels/record.cuh is the same list
+STATUS, RANK, LR, LR_REST, CAPTURED, SWEEPS, RESULT = range(7)
+GO, NOT_FINITE, NOT_CONVERGED = range(3)  # what STATUS says of K
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StepInfo:
+    """What a step did.
+
+    On a CUDA device each look reads the record back and waits for the step; in a replayed graph it shows the latest
+    replay.
+
+    Attributes
+    ----------
+    rank : int
+        j, the number of directions along which the inverse Hessian was applied.
+    singular_values : (m,) float64
+        σ_1 ≥ … ≥ σ_m of G, without the workers left out.
+    coefficients : (m,) float64
+        c, one for each worker that was not left out.
+    lr : float
+        τ after `lr_cap`.
+    captured : float
+        ‖U_jᵀḡ‖²/‖ḡ‖², the share of the mean gradient in the kept directions; 0 when ḡ = 0.
+    dropped : tuple of int
+        The workers left out because they were not finite.
+    """
+
+    record: Any  # array (HEADER + 2m,), or what `get()` makes one of
+    dropped: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return int(self.read()[RANK])
+
+    @property
+    def singular_values(self) -> np.ndarray:
+        record = self.read()
+        return record[HEADER : (HEADER + record.size) // 2]
+
+    @property
+    def coefficients(self) -> np.ndarray:
+        record = self.read()
+        return record[(HEADER + record.size) // 2 :]
+
+    @property
+    def lr(self) -> float:
+        return float(self.read()[LR])
+
+    @property
+    def captured(self) -> float:
+        return float(self.read()[CAPTURED])
+
+    @property
+    def lr_rest(self) -> float:
+        """β, τ where it was not given."""
+        return float(self.read()[LR_REST])
+
+    @property
+    def status(self) -> int:
+        """What was found of K: GO, NOT_FINITE or NOT_CONVERGED."""
+        return int(self.read()[STATUS])
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether K and θ_new are finite."""
+        record = self.read()
+        return record[STATUS] == GO and record[RESULT] == 0
+
+    def read(self) -> np.ndarray:
+        """The record as a NumPy array."""
+        return self.record if isinstance(self.record, np.ndarray) else self.record.get()
+
+    def __repr__(self) -> str:
+        return (
+            f"StepInfo(rank={self.rank}, lr={self.lr:.6g}, captured={self.captured:.6g}, "
+            f"singular_values={self.singular_values}, coefficients={self.coefficients}, dropped={self.dropped})"
+        )
+
+
+def recorded(
+    status: int, rank: int, lr: float, lr_rest: float, captured: float, sigma: np.ndarray, c: np.ndarray
+) -> np.ndarray:
+    """The record of a decision, before its result is there."""
+    record = np.zeros(HEADER + 2 * sigma.size)
+    record[STATUS], record[RANK], record[LR], record[LR_REST], record[CAPTURED] = status, rank, lr, lr_rest, captured
+    record[HEADER : HEADER + sigma.size] = sigma
+    record[HEADER + sigma.size :] = c
+    return record
