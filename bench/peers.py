@@ -7,6 +7,7 @@ whatever can be done beforehand is done beforehand.
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
@@ -32,19 +33,19 @@ def workers(m: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return thetas, grads
 
 
-def reference(thetas: np.ndarray, grads: np.ndarray) -> np.ndarray:
-    """θ_new in float64, chunk by chunk."""
+def reference(thetas: Any, grads: Any, xp: Any = np) -> Any:
+    """θ_new in float64, chunk by chunk; xp is NumPy or CuPy."""
     m, n = grads.shape
     chunks = [slice(start, start + CHUNK) for start in range(0, n, CHUNK)]
-    K, b = np.zeros((m, m)), np.zeros(m)
+    K, b = xp.zeros((m, m)), xp.zeros(m)
     for chunk in chunks:
         g = grads[:, chunk].astype(np.float64)
         g_bar = g.mean(0)
         G = g - g_bar
         K += G @ G.T
         b += G @ g_bar
-    c = _coefficients(K, b)
-    theta_new = np.empty(n)
+    c = _coefficients(K, b, xp)
+    theta_new = xp.empty(n)
     for chunk in chunks:
         theta, g = thetas[:, chunk].astype(np.float64), grads[:, chunk].astype(np.float64)
         theta_bar, g_bar = theta.mean(0), g.mean(0)
@@ -52,18 +53,18 @@ def reference(thetas: np.ndarray, grads: np.ndarray) -> np.ndarray:
     return theta_new
 
 
-def error(found: np.ndarray, expected: np.ndarray) -> float:
+def error(found: Any, expected: Any) -> float:
     """Distance from the reference, relative to its length."""
     difference = sum(
-        float(np.sum((found[at : at + CHUNK].astype(np.float64) - expected[at : at + CHUNK]) ** 2))
+        float(((found[at : at + CHUNK].astype(np.float64) - expected[at : at + CHUNK]) ** 2).sum())
         for at in range(0, expected.size, CHUNK)
     )
-    return float(np.sqrt(difference) / np.linalg.norm(expected))
+    return float(np.sqrt(difference) / (expected**2).sum() ** 0.5)
 
 
-def _coefficients(K: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _coefficients(K: Any, b: Any, xp: Any = np) -> Any:
     """c = V_j diag(σ_j⁻²) V_jᵀ b, in float64."""
-    sigma2, V = np.linalg.eigh(K.astype(np.float64))
+    sigma2, V = xp.linalg.eigh(K.astype(np.float64))
     keep = sigma2 >= CUTOFF**2 * sigma2[-1]
     return V[:, keep] @ ((V[:, keep].T @ b) / sigma2[keep])
 
@@ -93,16 +94,17 @@ def numpy_literal(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], np.ndar
 
 def numpy_blas(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], np.ndarray]:
     """Weights for the rows instead of vectors of length n, through BLAS."""
-    m, dtype = len(grads), grads.dtype
+    return lambda: composed(thetas, grads, np)
 
-    def step():
-        g_bar = grads.mean(0)
-        G = grads - g_bar
-        c = _coefficients(G @ G.T, G @ g_bar)
-        c -= c.mean()
-        return (1 / m - LR * c).astype(dtype) @ thetas - (LR * (1 / m - c)).astype(dtype) @ grads
 
-    return step
+def composed(theta: Any, grad: Any, xp: Any) -> Any:
+    """Weights for the rows instead of vectors of length n; xp is NumPy or CuPy."""
+    m, dtype = len(grad), grad.dtype
+    g_bar = grad.mean(0)
+    G = grad - g_bar
+    c = _coefficients(G @ G.T, G @ g_bar, xp)
+    c -= c.mean()
+    return (1 / m - LR * c).astype(dtype) @ theta - (LR * (1 / m - c)).astype(dtype) @ grad
 
 
 def torch_eager(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
@@ -110,20 +112,23 @@ def torch_eager(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
     import torch
 
     torch.set_num_threads(available_cores())
-    theta, grad, m = torch.from_numpy(thetas), torch.from_numpy(grads), len(grads)
+    theta, grad = torch.from_numpy(thetas), torch.from_numpy(grads)
+    return lambda: torch_composed(theta, grad)
 
-    def step():
-        g_bar = grad.mean(0)
-        G = grad - g_bar
-        K, b = (G @ G.T).double(), (G @ g_bar).double()
-        sigma2, V = torch.linalg.eigh(K)
-        keep = sigma2 >= CUTOFF**2 * sigma2[-1]
-        V = V[:, keep]
-        c = V @ ((V.T @ b) / sigma2[keep])
-        c = c - c.mean()
-        return (1 / m - LR * c).to(grad.dtype) @ theta - (LR * (1 / m - c)).to(grad.dtype) @ grad
 
-    return step
+def torch_composed(theta: Any, grad: Any) -> Any:
+    """The same for tensors on any device."""
+    import torch
+
+    m = len(grad)
+    g_bar = grad.mean(0)
+    G = grad - g_bar
+    K, b = (G @ G.T).double(), (G @ g_bar).double()
+    sigma2, V = torch.linalg.eigh(K)
+    inverse = torch.where(sigma2 >= CUTOFF**2 * sigma2[-1], 1 / sigma2, 0)
+    c = V @ ((V.T @ b) * inverse)
+    c = c - c.mean()
+    return (1 / m - LR * c).to(grad.dtype) @ theta - (LR * (1 / m - c)).to(grad.dtype) @ grad
 
 
 def jax_jit(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
@@ -139,19 +144,23 @@ def jax_jit(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
 @cache
 def _jax_compiled(m: int, n: int, dtype: str) -> Callable:
     import jax
-    import jax.numpy as jnp
-
-    def step(theta, grad):
-        g_bar = grad.mean(0)
-        G = grad - g_bar
-        sigma2, V = jnp.linalg.eigh(G @ G.T)
-        inverse = jnp.where(sigma2 >= CUTOFF**2 * sigma2[-1], 1 / sigma2, 0)
-        c = V @ ((V.T @ (G @ g_bar)) * inverse)
-        c = c - c.mean()
-        return (1 / m - LR * c) @ theta - (LR * (1 / m - c)) @ grad
 
     rows = jax.ShapeDtypeStruct((m, n), dtype)
-    return jax.jit(step).lower(rows, rows).compile()
+    return jax.jit(jax_composed).lower(rows, rows).compile()
+
+
+def jax_composed(theta: Any, grad: Any) -> Any:
+    """The same for JAX to compile."""
+    import jax.numpy as jnp
+
+    m = len(grad)
+    g_bar = grad.mean(0)
+    G = grad - g_bar
+    sigma2, V = jnp.linalg.eigh(G @ G.T)
+    inverse = jnp.where(sigma2 >= CUTOFF**2 * sigma2[-1], 1 / sigma2, 0)
+    c = V @ ((V.T @ (G @ g_bar)) * inverse)
+    c = c - c.mean()
+    return (1 / m - LR * c) @ theta - (LR * (1 / m - c)) @ grad
 
 
 ALL: dict[str, tuple[str, Prepare]] = {

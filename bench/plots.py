@@ -121,6 +121,22 @@ def quadratic(found: dict, folder: Path) -> str:
         return _save(figure, folder, "quadratic.png")
 
 
+def gpu(rows: list[dict], folder: Path) -> str:
+    """Share of the copy bandwidth against n, for each m, in float32."""
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 5))
+        for m in sorted({row["m"] for row in rows}):
+            shares = {row["n"]: row["of_copy"] for row in rows if row["m"] == m}
+            axes.plot(*zip(*sorted(shares.items()), strict=True), "o-", lw=1.4, ms=3.5, label=f"m = {m}")
+        axes.axhline(1.0, color="black", ls="--", lw=1)
+        axes.set(xscale="log", ylim=(0, None), xlabel="n, number of parameters", ylabel="share of the copy bandwidth")
+        axes.set_title("One quasi-Newton step on a CUDA device, float32", pad=20)
+        _subtitle(axes, "bytes that must move / time, over the bandwidth of a device-to-device copy in the same run")
+        axes.legend(ncols=2, fontsize=8)
+        return _save(figure, folder, "gpu.png")
+
+
 def _subtitle(axes: plt.Axes, text: str) -> None:
     axes.text(0, 1.015, text, transform=axes.transAxes, color="#666666", fontsize=9)
 

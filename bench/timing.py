@@ -43,16 +43,17 @@ def interleaved(
     limit: float = float("inf"),
     unlimited: Collection[str] = (),
     before: Callable[[], None] = lambda: None,
+    settle: Callable[[], None] = lambda: None,
     after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Sample]:
     """Time every task once a round, in the order given; each has run before, so nothing is compiled now.
 
-    `before` is called before each task, `after_round` after each round.  A task that has used up `budget` seconds
-    is left out of further rounds, unless it is among the unlimited.  Beyond `limit` seconds in all, further rounds
+    `before` is called before each task, `settle` before the clock is read, `after_round` after each round.  A task
+    that has used up `budget` seconds is left out of further rounds, unless it is among the unlimited.  Beyond `limit` seconds in all, further rounds
     are skipped, except for the first LEAST_ROUNDS.
     """
     end = time.perf_counter() + limit
-    calls = {name: _calls(task) for name, task in tasks.items()}
+    calls = {name: _calls(task, settle) for name, task in tasks.items()}
     found: dict[str, list[float]] = {name: [] for name in tasks}
     enabled = gc.isenabled()
     gc.disable()
@@ -65,7 +66,7 @@ def interleaved(
                 spent = sum(found[name]) * calls[name]
                 if not found[name] or spent < budget or name in unlimited:
                     before()
-                    found[name].append(_timed(task, calls[name]))
+                    found[name].append(_timed(task, calls[name], settle))
             after_round()
     finally:
         if enabled:
@@ -73,15 +74,17 @@ def interleaved(
     return {name: Sample(tuple(values)) for name, values in found.items()}
 
 
-def _calls(task: Callable[[], object]) -> int:
+def _calls(task: Callable[[], object], settle: Callable[[], None]) -> int:
     """How many calls make one sample."""
-    return max(1, round(SHORTEST / _timed(task, 1)))
+    return max(1, round(SHORTEST / _timed(task, 1, settle)))
 
 
-def _timed(task: Callable[[], object], calls: int) -> float:
+def _timed(task: Callable[[], object], calls: int, settle: Callable[[], None]) -> float:
     if calls > 1:
         task()  # wakes threads and fills caches after the pause
+    settle()
     start = time.perf_counter()
     for _ in range(calls):
         task()
+    settle()
     return (time.perf_counter() - start) / calls
