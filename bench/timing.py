@@ -49,8 +49,8 @@ def interleaved(
     """Time every task once a round, in the order given; each has run before, so nothing is compiled now.
 
     `before` is called before each task, `settle` before the clock is read, `after_round` after each round.  A task
-    that has used up `budget` seconds is left out of further rounds, unless it is among the unlimited.  Beyond `limit` seconds in all, further rounds
-    are skipped, except for the first LEAST_ROUNDS.
+    that has used up `budget` seconds is left out of further rounds, unless it is among the unlimited.  Beyond `limit`
+    seconds in all, further rounds are skipped, except for the first LEAST_ROUNDS.
     """
     end = time.perf_counter() + limit
     calls = {name: _calls(task, settle) for name, task in tasks.items()}

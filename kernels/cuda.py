@@ -322,9 +322,10 @@ def spectrum(
         STORAGE="FLOAT64", COMPUTE="double", WIDTH=8, SHIFTED=0,
     )  # fmt: skip
     scratch = workspace("scratch", m * m) if lr_cap == "curvature" else None
+    theta_floor = None if gram.theta_matrix is None else gram.theta_floor
     limit = m if max_rank is None else min(m, max_rank)
     arguments = (
-        gram.matrix, gram.projection, gram.norm2, gram.floor, gram.theta_matrix, gram.theta_floor,
+        gram.matrix, gram.projection, gram.norm2, gram.floor, gram.theta_matrix, theta_floor,
         np.float64(cutoff), np.int32(limit), np.float64(lr), np.float64(math.nan if lr_rest is None else lr_rest),
         np.int32(CAPS.index(lr_cap)), record, vectors, scratch,
     )  # fmt: skip

@@ -114,7 +114,11 @@ class SimKernel:
         kind, size = self._types[i]
         if kind == "p":
             return ctypes.c_void_p(self._address(i, argument))
-        # On a GPU a scalar of another width is read as it comes. A structure may also come as an array of its size.
+        # On a GPU a scalar of another width is read as it comes. A structure may also come as an array of its size, and
+        # one of a single pointer as what it points to.
+        if kind == "V" and size == 8 and hasattr(argument, "data") and hasattr(argument.data, "ptr"):
+            argument = np.uint64(argument.data.ptr)
+            return (ctypes.c_char * size).from_buffer_copy(argument.tobytes())
         fits = isinstance(argument, np.generic) and (argument.dtype.kind, argument.dtype.itemsize) == (kind, size)
         fits = fits or (kind == "V" and isinstance(argument, np.ndarray) and argument.nbytes == size)
         if not fits:
