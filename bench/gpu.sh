@@ -70,7 +70,7 @@ export python out
 
 : >>"$out/results.jsonl"
 stage smoke 90 "$python" -m bench.gpu smoke --out "$out"
-stage tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider -o filterwarnings=default tests/test_gpu.py
+stage tests 120 "$python" -m pytest -m gpu -q --noconftest -p no:cacheprovider -o filterwarnings=default tests/test_gpu.py
 stage sanitizer 70 bash -c sanitize
 stage grid 130 "$python" -m bench.gpu grid --out "$out" --seconds 115
 stage ranks 60 bash -c ranks

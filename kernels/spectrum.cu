@@ -38,7 +38,7 @@ constexpr int PRODUCTS = M * (M + 1) / 2 + M + 1 + WITH_Z;
 __device__ __forceinline__ int place(int i, int j) {
   const int low = min(i, j), high = max(i, j), triangle = M * (M + 1) / 2;
   if (high < M) return low * M - low * (low - 1) / 2 + high - low;
-  return low < M ? triangle + low : triangle + low + (low > M);
+  return triangle + low;
 }
 #else
 constexpr int SIDE = 4;

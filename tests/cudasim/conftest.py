@@ -1,13 +1,8 @@
 """The simulated device in place of CuPy, and where there is no compiler for it the reason to skip."""
 
-import sys
-
 import pytest
 
-import fastnewton as fn
-from fastnewton.kernels import cuda
-
-from . import build, device
+from . import build, checks, device
 
 
 def pytest_collection_modifyitems(items):
@@ -18,14 +13,14 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def cupy(monkeypatch):
-    """The simulated device as the module `cupy`, with nothing compiled or allocated for another one."""
-    monkeypatch.setitem(sys.modules, "cupy", device)
-    cuda.cupy.cache_clear()
-    cuda._kernel.cache_clear()
-    cuda._resident.cache_clear()
+def cupy():
+    """The simulated device as the module `cupy`, its workspaces full of NaN whenever they are handed out."""
+    with checks.simulated_device():
+        yield device
+
+
+@pytest.fixture
+def recorded(cupy):
+    """What happens on the device during a test."""
     device.log.clear()
-    yield device
-    fn.clear_caches()
-    cuda.cupy.cache_clear()
-    cuda._kernel.cache_clear()
+    return device.log

@@ -12,8 +12,6 @@ from . import build, checks
 from .module import SimError, SimModule, compile_all, poisoned, schedule, source
 from .sanitized import assert_clean, assert_reports, run_sanitized
 
-pytestmark = pytest.mark.skipif(build.why_unavailable() is not None, reason=build.why_unavailable() or "available")
-
 BUGS = checks.HERE / "bugs.cu"
 SEMANTICS = checks.HERE / "semantics.cu"
 ALL_LANES = np.uint32(0xFFFFFFFF)
