@@ -6,8 +6,9 @@
 // Shapes       thetas, grads: m vectors of length n; z, out: vectors of length n; c: (m,) float64.
 // Traffic      reads 2m·n·itemsize bytes once (and z), writes n·itemsize.
 // Determinism  each coordinate is on its own: its bits depend on nothing else.
-// Launch       as many blocks as the device holds at once; the last coordinates come first, because the end of the
-//              gradients is what `gram` has left in the L2 cache.
+// Launch       as many blocks as the device holds at once, AT_ONCE of them on a multiprocessor, so that registers hold
+//              several loads of 16 bytes a thread; the last coordinates come first, because the end of the gradients is what
+//              `gram` has left in the L2 cache.
 //
 // τ, β and the verdict on K come from `record`, which spectrum.cu wrote, or from the launch where there is none.
 #include "common.cuh"
@@ -18,6 +19,7 @@
 #endif
 
 constexpr int WEIGHTS = M ? M : 1024;
+constexpr int AT_ONCE = GROUP * sizeof(Real) > 32 ? 2 : 3;
 
 // The first warp turns c into p and q, once c has been made to sum to zero.
 __device__ __forceinline__ void weigh(const double* c, double tau, double beta, int m, Real* p, Real* q) {
@@ -56,7 +58,7 @@ __device__ __forceinline__ bool store(const Real (&sums)[GROUP], Stored* out, i6
   return finite;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
     combine(const __grid_constant__ Rows thetas, const __grid_constant__ Rows grads, const Stored* z, Stored* out,
             int m, i64 n, int shift, int wide, const double* c, double tau, double beta, double* record, int guarded) {
   if (guarded && record[STATUS] != GO) return;
@@ -76,6 +78,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Words base = WITH_Z ? load(z, at, n, shift) : theta;
 #pragma unroll
     for (int v = 0; v < GROUP; ++v) sums[v] = value(base, v) - (WITH_Z ? Real(0) : Real(rest) * value(grad, v));
+    if (WITH_Z && M == 1) {  // no difference to carry a NaN of the only worker
+      add(sums, Real(1), theta, theta);
+      add(sums, Real(1), grad, grad);
+    }
 #pragma unroll(M && M <= 16 ? M : 8)
     for (int k = 1; k < workers; ++k) {
       add(sums, p[k], load(thetas.row[k], at, n, shift), theta);

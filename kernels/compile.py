@@ -25,12 +25,19 @@ FLOATS = types.Array(types.float64, 1, "C")
 INTS = types.Array(types.int64, 1, "C")
 
 # Numba looks only at the file that holds the function: what it calls from other files must be in the key as well.
-_BUILD = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    + repr((simd.VECTOR_BYTES, simd.REGISTERS)).encode()
-).hexdigest()[:12]
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+_BUILD = f"{_SOURCES.hexdigest()[:12]}-{simd.VECTOR_BYTES}-{simd.REGISTERS}-{int(simd.HALF_IN_HARDWARE)}"
 
 _in_process = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _in_process
+    _in_process = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may have held it
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def jit(function: Callable) -> Callable:
@@ -51,6 +58,8 @@ def specialised(function: Callable, literals: tuple[str | int, ...], arguments: 
 
     It is called with the further arguments only, and checks nothing.
     """
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("fastnewton's kernels need Numba's compiler: unset NUMBA_DISABLE_JIT")
     signature = (*(types.literal(value) for value in (*literals, _BUILD)), *arguments)
     with _in_process, _one_process_at_a_time(function):
         function.compile(signature)
@@ -72,6 +81,8 @@ def _one_process_at_a_time(function: Callable) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = stack.enter_context(open(folder / "fastnewton.lock", "a+"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                # Closing would leave it locked where a child was forked meanwhile.
+                stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)
                 _clear_other_build(folder, lock)
         yield
 
@@ -80,11 +91,11 @@ def _clear_other_build(folder: Path, lock: TextIO) -> None:
     """Delete what another build has left: Numba would use its file names again, and a process killed between
     writing the index and the code would leave an index that points at the old code."""
     lock.seek(0)
-    if lock.read() != _BUILD:
+    if lock.read() != _SOURCES.hexdigest():
         for path in folder.glob("*.nb[ci]"):
             path.unlink(missing_ok=True)
         lock.truncate(0)
-        lock.write(_BUILD)
+        lock.write(_SOURCES.hexdigest())
         lock.flush()
 
 

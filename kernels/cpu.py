@@ -32,6 +32,7 @@ GROUP = 4  # rows that are added per round above that: more at one spacing fight
 THREADED_BYTES = 1 << 22  # waking a thread takes about as long as reading this much
 THREADED_FLOPS = 1 << 24
 STREAMED_BYTES = 1 << 24  # a larger result bypasses the cache, which would read each line before overwriting it
+PARTS_BYTES = 1 << 26  # of the parts of all pieces, which grow with m²
 PIECES_PER_THREAD = 16  # so that a thread that is held up delays the others little
 
 
@@ -91,12 +92,13 @@ def gram_parts(
         passes.append((_gram_kernel(exactly, grads.dtype, "float64", False), thetas.table, _gram_size(m, False)))
     if with_thetas and cross:
         passes.append((_cross_kernel(grads.dtype), np.concatenate([thetas.table, grads.table]), _cross_size(m)))
-    pieces = tree.subtrees(first, last, blocks(n), _piece_level(grads, last - first))
+    level = max(_piece_level(grads, last - first), _level_that_fits(sum(size for *_, size in passes), last - first))
+    pieces = tree.subtrees(first, last, blocks(n), level)
     places = np.array(pieces, np.int64).reshape(-1, 2)
     sums = [np.empty((len(pieces), size)) for *_, size in passes]
     taken = np.zeros((len(passes), 1), np.int64)
 
-    def work() -> None:
+    def work(_held=(grads, z, thetas)) -> None:  # a thread may outlast an interrupted caller for a moment
         for (kernel, table, _), result, counter in zip(passes, sums, taken, strict=True):
             kernel(m, table, n, grads.itemsize, places, last, counter, result)
 
@@ -134,6 +136,11 @@ def _piece_level(grads, count: int) -> int:
     if small or threads.thread_count() == 1:
         return count.bit_length()
     return max(0, (count // (PIECES_PER_THREAD * threads.thread_count())).bit_length() - 1)
+
+
+def _level_that_fits(numbers: int, count: int) -> int:
+    """log₂ of the blocks in a piece of work whose part has so many numbers, for the parts of all pieces to fit."""
+    return (count * numbers * 8 // PARTS_BYTES).bit_length()
 
 
 def _tiles(rows: int) -> int:
@@ -562,7 +569,7 @@ def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out
     pieces = _combine_pieces(thetas, count)
     taken = np.zeros(1, np.int64)
 
-    def work() -> int:
+    def work(_held=(thetas, grads, z, out)) -> int:
         return kernel(others, m, table, coefficients, tau, beta, address, n, early, count, pieces, taken, streamed)
 
     return all(threads.on_threads(work, pieces))
@@ -695,6 +702,9 @@ def _combine_rows(typingctx, count, storage, compute, source, target, m, table, 
                 value = v.fma(minus_beta, grad_0, theta_0)
             elif source_ == "z":
                 value = v.load(v.at(step_to, at_step))
+                if not rows:  # no difference to carry a NaN of the only worker
+                    for origin_value in (theta_0, grad_0):
+                        value = v.add(value, v.sub(origin_value, origin_value))
             else:
                 value = v.load_work(v.at(out, step.index, VECTOR_BYTES))
             terms = [v.load(v.at(start, at_step)) for start in starts]

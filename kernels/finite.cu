@@ -6,7 +6,7 @@
 // Launch       a row of blocks for each worker.
 #include "common.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     finite(const __grid_constant__ Rows rows, i64 n, int shift, int* found) {
   const Stored* row = rows.row[blockIdx.y];
   bool fine = true;

@@ -57,7 +57,7 @@ __device__ __forceinline__ void flush(Real (&sums)[PRODUCTS], double (&warps)[WA
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     gram(const __grid_constant__ Rows rows, const Stored* z, i64 n, int shift, double* parts) {
   FN_SHARED(double, warps, [WARPS][PRODUCTS]);
   FN_SHARED(double, total, [PRODUCTS]);
@@ -185,7 +185,7 @@ __device__ __forceinline__ void flush(Real (&sums)[SIDE][SIDE], int pair, int sp
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if KIND == TILED
     gram(const __grid_constant__ Rows grads, const Stored* z, i64 n, int shift, double* parts) {
 #else
@@ -253,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if KIND == CENTRE
 // More than 64 workers: the centred rows, the mean (and z) of a stretch of coordinates as (batch, rows, LENGTH) matrices,
 // whose products a BLAS forms while they are in the L2 cache.  A thread goes through the workers twice.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     centre(const __grid_constant__ Rows rows, const Stored* z, int m, i64 first, i64 n, int shift, Real* centred) {
   const int height = m + 1 + WITH_Z;
   const i64 at = (i64(blockIdx.x) * THREADS + threadIdx.x) * GROUP, c = first + at;

@@ -8,27 +8,33 @@ three: a `Vectors` object emits loads, arithmetic and reductions on vectors of V
 
 import platform
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils
+from numba import config
+from numba.core import cgutils, codegen
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 _FLOAT = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
-_STORED = {**_FLOAT, "float16": ir.HalfType(), "bfloat16": ir.IntType(16)}
+_STORED = {**_FLOAT, "float16": ir.IntType(16), "bfloat16": ir.IntType(16)}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
-def _machine() -> tuple[int, int]:
-    """Bytes in a vector register, and how many of them there are."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 64, 32
-    if features.get("avx2"):
-        return 32, 16
-    return 16, 32 if platform.machine().lower() in ("arm64", "aarch64") else 16
+def _features() -> set[str]:
+    """What Numba compiles for, which may be less than the host has."""
+    flags = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return {flag[1:] for flag in flags.split(",") if flag.startswith("+")}
 
 
-VECTOR_BYTES, REGISTERS = _machine()
+def _machine() -> tuple[int, int, bool]:
+    """Bytes in a vector register, how many of them there are, and whether float16 is converted by instructions."""
+    features, arm = _features(), platform.machine().lower() in ("arm64", "aarch64")
+    if "avx512f" in features:
+        return 64, 32, True
+    if "avx2" in features:
+        return 32, 16, "f16c" in features
+    return 16, 32 if arm else 16, arm or "f16c" in features
+
+
+VECTOR_BYTES, REGISTERS, HALF_IN_HARDWARE = _machine()
 CACHE_LINE = 64
 
 
@@ -112,7 +118,7 @@ class Vectors:
             bits = self.builder.zext(raw, self._ints())
             raw = self.builder.bitcast(self.builder.shl(bits, self._ints(16)), self._singles())
         elif self.storage == "float16":
-            raw = self.builder.fpext(raw, self._singles())  # to float64 there is no instruction, so no direct way
+            raw = self._single_of_half(raw)  # to float64 there is no instruction, so no direct way
         return raw if raw.type == self.type else self.builder.fpext(raw, self.type)
 
     def _narrowed(self, value):
@@ -121,15 +127,48 @@ class Vectors:
             return value
         if self.compute == "float64":
             value = b.fptrunc(value, self._singles())
-        if self.storage != "bfloat16":
-            stored = ir.VectorType(_STORED[self.storage], self.lanes)
-            return value if stored == value.type else b.fptrunc(value, stored)
+        if self.storage == "float32":
+            return value
+        if self.storage == "float16":
+            return self._half_of_single(value)
         bits = b.bitcast(value, self._ints())
         odd = b.and_(b.lshr(bits, self._ints(16)), self._ints(1))
         rounded = b.add(bits, b.add(odd, self._ints(0x7FFF)))  # to nearest, ties to even
         quiet = b.or_(bits, self._ints(0x400000))  # rounding must not carry a NaN into infinity
         bits = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
         return b.trunc(b.lshr(bits, self._ints(16)), ir.VectorType(ir.IntType(16), self.lanes))
+
+    def _single_of_half(self, raw):
+        b = self.builder
+        if HALF_IN_HARDWARE:
+            return b.fpext(b.bitcast(raw, ir.VectorType(ir.HalfType(), self.lanes)), self._singles())
+        # The exponent moves from a bias of 15 to one of 127 by a product, which denormals survive.
+        bits = b.zext(raw, self._ints())
+        magnitude = b.shl(b.and_(bits, self._ints(0x7FFF)), self._ints(13))
+        scaled = b.fmul(b.bitcast(magnitude, self._singles()), ir.Constant(self._singles(), [2.0**112] * self.lanes))
+        special = b.icmp_unsigned(">=", magnitude, self._ints(0x7C00 << 13))
+        ordinary = b.bitcast(scaled, self._ints())
+        magnitude = b.select(special, b.or_(magnitude, self._ints(0x7F800000)), ordinary)
+        sign = b.shl(b.and_(bits, self._ints(0x8000)), self._ints(16))
+        return b.bitcast(b.or_(magnitude, sign), self._singles())
+
+    def _half_of_single(self, value):
+        b, words = self.builder, ir.VectorType(ir.IntType(16), self.lanes)
+        if HALF_IN_HARDWARE:
+            return b.bitcast(b.fptrunc(value, ir.VectorType(ir.HalfType(), self.lanes)), words)
+        bits = b.bitcast(value, self._ints())
+        magnitude = b.and_(bits, self._ints(0x7FFFFFFF))
+        odd = b.and_(b.lshr(magnitude, self._ints(13)), self._ints(1))
+        rebiased = b.sub(magnitude, self._ints(112 << 23))
+        ordinary = b.lshr(b.add(rebiased, b.add(odd, self._ints(0xFFF))), self._ints(13))  # to nearest, ties to even
+        # Added to ½, a number below 2⁻¹⁴ has its last bit where a half's would be.
+        half = ir.Constant(self._singles(), [0.5] * self.lanes)
+        lifted = b.bitcast(b.fadd(b.bitcast(magnitude, self._singles()), half), self._ints())
+        tiny = b.sub(lifted, self._ints(0x3F000000))
+        found = b.select(b.icmp_unsigned("<", magnitude, self._ints(113 << 23)), tiny, ordinary)
+        found = b.select(b.icmp_unsigned(">=", magnitude, self._ints(143 << 23)), self._ints(0x7C00), found)
+        found = b.select(b.icmp_unsigned(">", magnitude, self._ints(0x7F800000)), self._ints(0x7E00), found)
+        return b.trunc(b.or_(found, b.lshr(b.and_(bits, self._ints(0x80000000)), self._ints(16))), words)
 
     def _singles(self):
         return ir.VectorType(ir.FloatType(), self.lanes)

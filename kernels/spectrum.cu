@@ -57,7 +57,7 @@ __device__ __forceinline__ int place(int i, int j) {
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     finish(const double* parts, int blocks, double* matrix, double* projection, double* scalars) {
   FN_DYN_SHARED(double, total);
   FN_SHARED(double, row, [M]);
@@ -71,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   for (int i = threadIdx.x; i < M; i += THREADS) {
     row[i] = column[i] = 0;
+#pragma unroll 4
     for (int j = 0; j < M; ++j) {
       row[i] += total[place(i, j)];
       column[i] += total[place(j, i)];
@@ -78,6 +79,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   double mean = 0;
+#pragma unroll 4
   for (int i = 0; i < M; ++i) mean += row[i];
   mean /= M * M;
   for (int p = threadIdx.x; p < M * M; p += THREADS) {
@@ -87,6 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if KIND != CROSS
   constexpr int LAST = M + WITH_Z;
   double along = 0;
+#pragma unroll 4
   for (int i = 0; i < M; ++i) along += total[place(i, LAST)];
   for (int i = threadIdx.x; i < M; i += THREADS) projection[i] = total[place(i, LAST)] - along / M;
   if (threadIdx.x == 0) {
@@ -237,7 +240,7 @@ __device__ double least_stretch(const double* thetas, double floor, const double
   return sqrt(fmax(least, 0.0));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     spectrum(const double* matrix, const double* projection, const double* norm2, const double* floor,
              const double* thetas, const double* theta_floor, double cutoff, int max_rank, double lr, double lr_rest,
              int cap, double* record, double* vectors_out, double* scratch) {

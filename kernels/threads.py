@@ -1,14 +1,14 @@
 """A few threads that share out the pieces of one pass.
 
-The kernels release the GIL, so Python's own threads are enough: no OpenMP library, no threading layer to choose,
-safe under concurrent callers, and forked children start with a fresh pool.
+The kernels release the GIL, so Python's own threads are enough: no OpenMP library, no threading layer to choose.
+Several callers share one pool, and forked children start with a fresh one.
 """
 
 import contextlib
 import contextvars
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -55,12 +55,30 @@ def on_threads(task: Callable[[], T], most: int) -> list[T]:
     """
     if most == 1:
         return [task()]
-    helpers = [_executor().submit(task) for _ in range(min(thread_count(), most) - 1)]
+    helpers: list[Future] = []
     try:
-        found = [task()]
+        _start(task, min(thread_count(), most) - 1, helpers)
+        return [task(), *(helper.result() for helper in helpers if not helper.cancel())]
     finally:
-        others = [helper.result() for helper in helpers if not helper.cancel()]
-    return found + others
+        _outlast(helpers)
+
+
+def _start(task: Callable[[], T], count: int, helpers: list[Future]) -> None:
+    with contextlib.suppress(RuntimeError):  # the interpreter is shutting down, or has no more threads
+        for _ in range(count):
+            helpers.append(_executor().submit(task))
+
+
+def _outlast(helpers: list[Future]) -> None:
+    """Return when none of them runs any more, whatever interrupts: they write to the caller's memory."""
+    interrupt = None
+    while running := [helper for helper in helpers if not helper.cancel() and not helper.done()]:
+        try:
+            wait(running)
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _executor() -> ThreadPoolExecutor:

@@ -527,13 +527,9 @@ std::vector<unsigned> block_order(unsigned blocks) {
   return order;
 }
 
-// The last launch's, for the next: to set up stacks takes longer than many a kernel.
-std::unique_ptr<Block> spare_block;
-
 void run_blocks() {
   unsigned threads = block_shape.x * block_shape.y * block_shape.z;
   std::vector<std::unique_ptr<Block>> blocks;
-  if (spare_block && spare_block->fibres.size() == threads) blocks.push_back(std::move(spare_block));
   for (unsigned i : block_order(grid_shape.x * grid_shape.y * grid_shape.z)) {
     block_index = {i % grid_shape.x, i / grid_shape.x % grid_shape.y, i / (grid_shape.x * grid_shape.y)};
     // For the race detector every block has memory and fibres of its own, to the end: it would take a second use of an
@@ -544,7 +540,6 @@ void run_blocks() {
     if (running.failed) break;
   }
   race_detector::acquire(&launch_object);
-  if (!running.failed && !race_detector::loaded()) spare_block = std::move(blocks.back());
 }
 
 }  // namespace
