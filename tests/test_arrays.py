@@ -1,5 +1,9 @@
 """Arrays of NumPy, PyTorch, JAX and plain DLPack: in and out without a copy."""
 
+import ctypes
+import dataclasses
+import weakref
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +13,10 @@ import fastnewton as fn
 from fastnewton import kernels
 
 M, N = 3, 2050
+
+
+def bits(array):
+    return np.ascontiguousarray(array).tobytes()
 
 
 class Library:
@@ -415,3 +423,140 @@ def test_libraries_are_not_mixed(rng, pair):
     with pytest.raises(TypeError, match="out"):
         fn.step(thetas, grads, lr=0.5, out=out)
     assert other.bits(out) == np.ones(N, np.float32).tobytes()
+
+
+# -- unusual arrays ------------------------------------------------------------------------------------------
+
+
+class Freeing:
+    """An exporter whose memory is gone with the capsule."""
+
+    def __init__(self, array):
+        self._array, self.alive = array, 0
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+    def __dlpack__(self, **options):
+        copy = self._array.copy()
+        self.alive += 1
+        weakref.finalize(copy, self._freed, copy.ctypes.data, copy.nbytes)
+        return copy.__dlpack__(**{key: value for key, value in options.items() if key in ("max_version", "stream")})
+
+    def _freed(self, address, nbytes):
+        ctypes.memset(address, 0xFF, nbytes)
+        self.alive -= 1
+
+
+def test_exported_memory_is_kept_while_it_is_read(rng):
+    thetas, grads = workers(rng, M, N)
+    expected, _ = fn.step(thetas, grads, lr=0.5)
+    given = [Freeing(array) for array in (thetas, grads)]
+    assert bits(fn.step(*given, lr=0.5)[0]) == bits(expected)
+    rows = [[Freeing(row) for row in array] for array in (thetas, grads)]
+    assert bits(fn.step(*rows, lr=0.5)[0]) == bits(expected)
+    assert not any(each.alive for each in (*given, *rows[0], *rows[1]))
+
+
+def test_items_that_a_list_makes_anew_are_kept(rng):
+    class Fresh(list):
+        def __iter__(self):
+            return (item.copy() for item in super().__iter__())
+
+    thetas, grads = workers(rng, M, N)
+    expected, _ = fn.step(thetas, grads, lr=0.5)
+    assert bits(fn.step(Fresh(thetas), Fresh(grads), lr=0.5)[0]) == bits(expected)
+
+
+def test_torch_results_are_in_cpu_memory_whatever_the_default_device(rng):
+    torch = pytest.importorskip("torch")
+    thetas, grads = (torch.tensor(a) for a in workers(rng, M, N))
+    with torch.device("meta"):
+        theta, _ = fn.step(thetas, grads, lr=0.5)
+    assert theta.device.type == "cpu"
+    assert torch.equal(theta, fn.step(thetas, grads, lr=0.5)[0])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of PyTorch's own
+def test_lazy_and_differentiated_tensors_are_type_errors(rng):
+    torch = pytest.importorskip("torch")
+    from torch.autograd import forward_ad
+
+    thetas, grads = (torch.tensor(a) for a in workers(rng, M, N))
+    for strange in (torch._neg_view(grads), torch._efficientzerotensor((M, N), dtype=torch.float64), grads.to("meta")):
+        with pytest.raises(TypeError, match="grads"):
+            fn.step(thetas, strange, lr=0.5)
+    with forward_ad.dual_level(), pytest.raises(TypeError, match="grads is being differentiated"):
+        fn.step(thetas, forward_ad.make_dual(grads, torch.ones_like(grads)), lr=0.5)
+    with pytest.raises(TypeError, match="grads is being differentiated or mapped"):
+        torch.vmap(lambda given: fn.step(thetas, given, lr=0.5)[0])(grads[None])
+
+
+def test_jax_float64_stays_float64(rng):
+    jax = pytest.importorskip("jax")
+    with jax.enable_x64(True):
+        thetas, grads = (jax.numpy.asarray(a) for a in workers(rng, M, N))
+    theta, _ = fn.step(thetas, grads, lr=0.5)
+    assert theta.dtype == np.float64
+    assert bits(theta) == bits(fn.step(np.asarray(thetas), np.asarray(grads), lr=0.5)[0])
+
+
+def test_deleted_jax_arrays_are_type_errors(rng):
+    jax = pytest.importorskip("jax")
+    thetas, grads = (jax.numpy.asarray(a, np.float32) for a in workers(rng, M, N))
+    grads.delete()
+    with pytest.raises(TypeError, match="grads is a JAX array that was deleted"):
+        fn.step(thetas, grads, lr=0.5)
+
+
+def test_jax_arrays_of_several_devices(run_python):
+    pytest.importorskip("jax")
+    program = """
+import jax, numpy as np, pytest
+import fastnewton as fn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+first, second = jax.devices("cpu")
+values = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+here, there = (jax.device_put(values, device) for device in (first, second))
+with pytest.raises(TypeError, match="grads must be on the device of thetas, cpu; got cpu:1"):
+    fn.step(here, there, lr=0.5)
+assert fn.step(there, there, lr=0.5)[0].devices() == {second}
+halves = jax.device_put(values, NamedSharding(Mesh([first, second], "x"), PartitionSpec("x")))
+with pytest.raises(TypeError, match="grads must lie on one device; got a JAX array on 2"):
+    fn.step(here, halves, lr=0.5)
+"""
+    run_python("-c", program, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"})
+
+
+def test_masked_arrays_are_type_errors(rng):
+    thetas, grads = workers(rng, M, N)
+    with pytest.raises(TypeError, match="grads must not be a masked array"):
+        fn.step(thetas, np.ma.masked_array(grads, grads > 1), lr=0.5)
+
+
+def test_the_remedy_is_that_of_the_library(rng):
+    torch = pytest.importorskip("torch")
+    thetas, grads = workers(rng, M, 2 * N)
+    with pytest.raises(ValueError, match=r"numpy\.ascontiguousarray\(thetas\)"):
+        fn.step(thetas[:, ::2], grads[:, ::2], lr=0.5)
+    with pytest.raises(ValueError, match=r"thetas\.contiguous\(\)"):
+        fn.step(torch.tensor(thetas)[:, ::2], torch.tensor(grads)[:, ::2], lr=0.5)
+
+
+def test_grams_made_by_hand(rng):
+    found = fn.gram(workers(rng, 4, N)[1])
+    made = fn.Gram(found.matrix.copy(), found.projection.copy(), 1.0, 0.0)
+    assert fn.spectrum(made).rank == fn.spectrum(found).rank
+    wrong = {
+        "matrix": [found.matrix.tolist(), found.matrix.astype(np.float32), found.matrix[:3], found.matrix[:, ::-1]],
+        "projection": [found.projection[:3], found.projection[None], found.projection.astype(">f8")],
+        "norm2": ["1", None, np.ones(2)],
+        "floor": ["1", None],
+        "theta_matrix": [np.eye(3)],
+        "cross_matrix": [np.eye(5)],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=r"gram\."):
+                fn.spectrum(dataclasses.replace(made, **{name: value}))

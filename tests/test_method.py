@@ -385,3 +385,40 @@ def test_defaults(rng, name, default):
     theta, info = fn.step(thetas, grads, lr=0.7, **{name: default})
     assert bits(theta) == bits(expected)
     assert info.rank == expected_info.rank
+
+
+# -- small matrices that overflow, or drown ------------------------------------------------------------------
+
+
+def test_the_curvature_cap_of_float32_is_that_of_float64(rng):
+    m, n = 6, 5000
+    grads = rng.standard_normal((m, n)).astype(np.float32)
+    thetas = (1 + 1e-4 * rng.standard_normal((m, n))).astype(np.float32)
+    thetas[0] += np.float32(3.0) * rng.standard_normal(n).astype(np.float32)
+    _, info = fn.step(thetas, grads, lr=50.0, lr_cap="curvature", cutoff=0.01)
+    expected = reference.step(thetas, grads, lr=50.0, lr_cap="curvature", cutoff=0.01)
+    assert info.lr == pytest.approx(expected.lr, rel=1e-3)  # of the vectors v_k, from products in float32
+
+
+def test_an_overflow_of_the_mean_gradient_is_found():
+    thetas = np.array([[1.0, 2.0], [2.0, 1.0], [0.0, 0.5]])
+    grads = np.array([[1e200, 1.0], [1e200, 2.0], [1e200, 4.0]])
+    with pytest.raises(fn.NonFiniteError, match="overflow"):
+        fn.step(thetas, grads, lr=1e-3)
+    assert fn.spectrum(fn.gram(grads)).rank == 0
+
+
+def test_an_overflow_of_z_does_not_reach_the_result(rng):
+    thetas, grads = rng.standard_normal((2, 4, 30))
+    z = rng.standard_normal(30)
+    expected = fn.apply_inverse(thetas, grads, z)
+    np.testing.assert_allclose(fn.apply_inverse(thetas, grads, 1e200 * z) / 1e200, expected, rtol=1e-12)
+
+
+def test_thetas_that_overflow_do_not_matter_where_no_direction_is_kept(rng):
+    thetas = 1e200 * rng.standard_normal((3, 20))
+    theta, info = fn.step(thetas, np.ones((3, 20)), lr=0.5, lr_cap="curvature")
+    assert info.rank == 0
+    np.testing.assert_allclose(theta, thetas.mean(0), rtol=1e-14)
+    with pytest.raises(fn.NonFiniteError, match="overflow"):
+        fn.step(thetas, rng.standard_normal((3, 20)), lr=0.5, lr_cap="curvature")

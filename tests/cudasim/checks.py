@@ -110,4 +110,5 @@ def every_kernel(m, dtype):
         assert np.abs(gram.cross_matrix.host - q.Theta.T @ q.G).max() <= 1e-12 * scale
         assert np.isfinite(gram.matrix.host).all()
         assert np.isfinite(fn.apply_inverse(there(thetas), unlike, there(grads[0])).host.astype(np.float64)).all()
-        assert fn.kernels.cuda.finite_rows(fn.arrays.rows(there(grads), "grads")).host.all()
+        # Blocks for each worker: more would be too many threads for ThreadSanitizer.
+        assert cuda.finite_rows(fn.arrays.rows(there(grads[:16]), "grads")).host.all()

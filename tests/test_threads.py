@@ -1,0 +1,124 @@
+"""Threads that share a pass: interruptions, the end of the interpreter, and targets that Numba is told of."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from fastnewton.kernels import cpu, threads, tree
+
+import fastnewton as fn
+
+HALF = """
+import numpy as np
+import fastnewton as fn
+from fastnewton.kernels import simd
+
+assert not simd.HALF_IN_HARDWARE
+every = np.arange(65536, dtype=np.uint16).view(np.float16)
+nothing = np.zeros((1, 65536), np.float16)
+back = fn.combine(every[None], nothing, np.zeros(1), lr=0.0)
+plain = ~np.isnan(every)
+assert (back[plain].view(np.uint16) == every[plain].view(np.uint16)).all()
+assert np.isnan(back[~plain]).all()
+# Means of neighbours lie half-way: NumPy rounds them to even, as the kernel must; the largest mean is finite.
+finite = np.arange(0x7BFF, dtype=np.uint16)
+for sign in (0, 0x8000):
+    pair = np.stack([finite | sign, finite + 1 | sign]).view(np.float16)
+    mean = fn.combine(pair, np.zeros_like(pair), np.zeros(2), lr=0.0)
+    expected = pair.astype(np.float64).mean(0).astype(np.float16)
+    assert (mean.view(np.uint16) == expected.view(np.uint16)).all()
+"""
+
+LATE = """
+import atexit, threading, time
+import numpy as np
+import fastnewton as fn
+
+arrays = np.random.default_rng(0).standard_normal((2, 4, 1 << 19)).astype(np.float32)
+expected = fn.step(*arrays, lr=0.5)[0]
+
+def check(where):
+    assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
+    print(where, flush=True)
+
+atexit.register(check, "at exit")
+
+def later():
+    threading.main_thread().join()
+    check("after the main thread")
+
+threading.Thread(target=later).start()
+"""
+
+
+@pytest.fixture
+def two_threads():
+    with threads.set_thread_limit(2):
+        yield
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_caller_waits_for_its_threads(two_threads, error):
+    main, begun, ended = threading.current_thread(), threading.Event(), []
+
+    def task():
+        if threading.current_thread() is main:
+            assert begun.wait(20)
+            raise error
+        begun.set()
+        time.sleep(0.2)
+        ended.append(True)
+
+    with pytest.raises(error):
+        threads.on_threads(task, 2)
+    assert ended == [True]
+
+
+def test_an_error_of_a_thread_reaches_the_caller(two_threads):
+    main, failed = threading.current_thread(), threading.Event()
+
+    def task():
+        if threading.current_thread() is not main:
+            failed.set()
+            raise ValueError("of a helper")
+        assert failed.wait(20)
+
+    with pytest.raises(ValueError, match="of a helper"):
+        threads.on_threads(task, 2)
+
+
+def test_steps_after_the_main_thread_and_at_exit(run_python):
+    printed = run_python("-c", LATE, env={"FASTNEWTON_NUM_THREADS": "2"})
+    assert sorted(printed.splitlines()) == ["after the main thread", "at exit"]
+
+
+def test_float16_where_no_instruction_converts_it(run_python, tmp_path):
+    run_python("-c", HALF, env={"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)})
+
+
+def test_without_the_compiler_the_error_says_so(run_python):
+    program = """
+import numpy as np, fastnewton as fn
+try:
+    fn.step(np.ones((2, 3)), np.ones((2, 3)), lr=0.5)
+except RuntimeError as error:
+    print(error)
+"""
+    assert "unset NUMBA_DISABLE_JIT" in run_python("-c", program, env={"NUMBA_DISABLE_JIT": "1"})
+
+
+def test_parts_of_many_workers_stay_small():
+    m, count = 1024, 1 << 20
+    numbers = cpu.part_size(m, with_z=False, with_thetas=True, with_cross=True)
+    level = cpu._level_that_fits(numbers, count)
+    pieces = tree.subtrees(0, count, count, level)
+    assert len(pieces) * numbers * 8 <= max(cpu.PARTS_BYTES, 2 * numbers * 8)
+
+
+@pytest.mark.parametrize("place", ["thetas", "grads"])
+@pytest.mark.parametrize("m", [1, 2, 20])
+def test_apply_inverse_propagates_nan(rng, m, place):
+    given = dict(zip(("thetas", "grads"), rng.standard_normal((2, m, 50)), strict=True))
+    given[place][0, 7] = np.nan
+    assert np.isnan(fn.apply_inverse(**given, z=np.ones(50))[7])
