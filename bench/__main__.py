@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import compare, peers, plots, problems, quadratic, report, train
+from bench import compare, gpu, peers, plots, problems, quadratic, report, train
 from bench.ceilings import machine, read_ceiling
 
 DESCRIPTION = """\
@@ -45,10 +45,13 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
     steps = _measured(shapes, list(peers.installed()), 5 if options.quick else 7, 8.0, console)
     picture = report.Picture("Time of a step against n", plots.step_time(steps, machine(), options.out))
     parts = [report.machine(machine(), steps), report.steps(steps, "One step, m = 8, float32", "n"), picture]
+    on_device = _measured_on_device(console) if gpu.available() else []
+    if on_device:
+        parts.append(report.on_device(gpu.device(), on_device))
     for part in parts:
         part.print(console)
     trained, more = _trained(options, console)
-    _write(options, console, "bench", {"steps": steps, **trained}, parts + more)
+    _write(options, console, "bench", {"steps": steps, "gpu": on_device, **trained}, parts + more)
 
 
 def run_peers(options: argparse.Namespace, console: Console) -> None:
@@ -100,6 +103,17 @@ def _measured(
         for shape in shapes:
             say(shape.label)
             rows.append(compare.measure(shape, rounds=rounds, limit=limit, chosen=chosen, after_round=advance))
+    return rows
+
+
+def _measured_on_device(console: Console) -> list[dict]:
+    cases = gpu.headline(26)
+    with _progress(console, len(cases)) as (say, advance):
+        rows = []
+        for case in cases:
+            say(f"CUDA device, m = {case.m}, {case.dtype}")
+            rows.append(gpu.measure(case))
+            advance()
     return rows
 
 

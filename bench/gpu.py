@@ -75,6 +75,11 @@ def grid() -> list[Case]:
     return of_size[:26] + others + of_size[26:]
 
 
+def available() -> bool:
+    """Whether there is CuPy and a device."""
+    return find_spec("cupy") is not None and _cupy().cuda.is_available()
+
+
 # -- measuring ----------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ cp -r "$root/kernels" "$package/fastnewton/kernels"
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$package" || exit 1
-export PYTHONPATH=$package XLA_PYTHON_CLIENT_PREALLOCATE=false
+export PYTHONPATH=$package${PYTHONPATH:+:$PYTHONPATH} XLA_PYTHON_CLIENT_PREALLOCATE=false
 
 if ! "$python" -c 'import sys, cupy; sys.exit(not cupy.cuda.is_available())' 2>"$out/cupy.txt"; then
     echo "no CUDA device, or no CuPy ($(tail -n 1 "$out/cupy.txt")): nothing to measure"

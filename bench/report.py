@@ -122,6 +122,25 @@ def targets(rows: list[dict]) -> Table:
     return Table("Targets", ("shape", "to reach", "measured", "spread", "verdict"), lines, note)
 
 
+def on_device(found: dict, rows: list[dict]) -> Table:
+    """The step on a CUDA device, beside a copy and the peers."""
+    names = sorted({name for row in rows for name in row["seconds"]} & {"CuPy", "PyTorch", "torch.compile", "JAX, jit"})
+    lines = [
+        (
+            f"m = {row['m']}, n = {row['n']:,}, {row['dtype']}",
+            milliseconds(row["roofline"]),
+            milliseconds(row["seconds"]["step"]),
+            f"{row['of_copy']:.2f}",
+            f"{row['of_roofline']:.2f}",
+            *(milliseconds(row["seconds"][name]) if name in row["seconds"] else "" for name in names),
+        )
+        for row in rows
+    ]
+    columns = ("shape", "roofline", "fastnewton", "of copy", "roofline /time", *names)
+    note = "Times in ms. Of copy: bytes that must move / time, over the bandwidth of a device-to-device copy."
+    return Table(f"One step on {found['device']}", columns, lines, note)
+
+
 def training(found: dict) -> Table:
     """What each method reached."""
     lines = [

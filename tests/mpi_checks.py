@@ -21,6 +21,7 @@ import traceback
 import warnings
 from unittest import mock
 
+import ml_dtypes
 import numpy as np
 from fastnewton.kernels import threads
 from mpi4py import MPI
@@ -645,6 +646,81 @@ def check_groups_and_objects_are_independent(comm):
             thetas, grads = data(MPI.COMM_SELF, 100, seed=comm.rank)
             given = newton.step(thetas[0], grads[0])
     expect(comm, raw(given[0]) != raw(fn.step(thetas, grads, lr=0.5)[0]) and "COMM_SELF")
+
+
+# -- arrays on a CUDA device --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _simulated_device():
+    from cudasim import build, checks
+
+    if build.why_unavailable():
+        raise Skipped(build.why_unavailable())
+    with checks.simulated_device():
+        yield checks
+
+
+def check_arrays_on_a_device(comm):
+    """Staged through pinned memory; the kernels are those of a GPU, simulated."""
+    with _simulated_device() as simulated:
+        for dtype, n, options in (
+            (np.dtype(np.float32), 3001, {}),
+            (np.dtype(np.float64), 7, {"lr_cap": "curvature"}),
+            (DTYPES["bfloat16"], 2000, {"lr_rest": 0.1}),
+            (np.dtype(np.float32), 0, {}),
+        ):
+            what = f"{dtype} n={n} {options}"
+            thetas, grads = data(comm, n, dtype)
+            theta, grad = simulated.there(thetas[comm.rank]), simulated.there(grads[comm.rank], past=1)
+            with DistNewton(comm, lr=0.5, **options) as newton:
+                for out in (None, simulated.there(np.zeros(n, dtype)), theta):
+                    new, info = newton.step(theta, grad, out=out)
+                    expected, wanted = fn.step(thetas, grads, lr=0.5, **options)
+                    # The arithmetic is that of the other side, in another order; results are stored in this dtype.
+                    scale = np.abs(expected.astype(np.float64)).max(initial=0)
+                    error = np.abs(new.host.astype(np.float64) - expected.astype(np.float64)).max(initial=0)
+                    expect(
+                        comm,
+                        type(new) is not type(theta) and f"{what}: a {type(new)}",
+                        out is not None and new is not out and f"{what}: not out",
+                        error > 16 * float(ml_dtypes.finfo(dtype).eps) * scale and f"{what}: off by {error}",
+                        info.rank != wanted.rank and f"{what}: rank {info.rank}, not {wanted.rank}",
+                    )
+                    expect_same(comm, what, raw(new.host))
+                    expect_same(comm, what, fields(info))
+
+
+def check_nonfinite_arrays_on_a_device(comm):
+    with _simulated_device() as simulated:
+        for where in ("θ", "g"):
+            for rank in ranks_of(comm):
+                thetas, grads = _spoilt(comm, np.dtype(np.float32), where, [rank], np.nan)
+                given = simulated.there(thetas[comm.rank]), simulated.there(grads[comm.rank])
+                with DistNewton(comm, lr=0.5) as newton:
+                    found = raised(comm, where, functools.partial(newton.step, *given))
+                    expect(comm, (found[0], found[2]) != (fn.NonFiniteError, (rank,)) and f"{where}: {found}")
+                if comm.size > 1:
+                    with DistNewton(comm, lr=0.5, nonfinite="drop") as newton:
+                        new, info = newton.step(*given)
+                    expect(comm, info.dropped != (rank,) and f"{info.dropped}", np.isnan(new.host).any() and "NaN")
+                    expect_same(comm, where, raw(new.host))
+
+
+def check_every_rank_has_the_same_kind_of_memory(comm):
+    with _simulated_device() as simulated:
+        thetas, grads = data(comm, 100, np.float32)
+        here = thetas[comm.rank], grads[comm.rank]
+        there = tuple(map(simulated.there, here))
+        last = comm.rank == comm.size - 1
+        if comm.size > 1:
+            with DistNewton(comm, lr=0.5) as newton:
+                step = functools.partial(newton.step, *(there if last else here))
+                expect_error(comm, "mixed", step, ValueError, f"rank {comm.size - 1}", "kernel layout", "cuda")
+        with DistNewton(comm, lr=0.5) as newton:
+            newton.step(*there)
+            step = functools.partial(newton.step, *(here if last else there))
+            expect_error(comm, "moved", step, ValueError, f"rank {comm.size - 1}", "device of the first step", "cuda:0")
 
 
 # -- threads ------------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 import struct
+import subprocess
 import sys
+import sysconfig
 import time
 from functools import partial
 from pathlib import Path
@@ -345,3 +347,63 @@ def test_every_shape_of_the_table_is_as_large_as_it_says():
 def test_a_table_reads_the_same_in_markdown():
     table = report.Table("Times", ("n", "ms"), [("1", "2.0")], "A note.")
     assert table.markdown() == "### Times\n\n| n | ms |\n| :-- | --: |\n| 1 | 2.0 |\n\nA note."
+
+
+# -- on a GPU ------------------------------------------------------------------------------------------------
+
+
+GPU_SCRIPT = ROOT / "bench" / "gpu.sh"
+
+# In place of CuPy: a device as far as it says, on which nothing works.
+BROKEN_CUPY = """
+class cuda:
+    is_available = staticmethod(lambda: True)
+
+class random:
+    def default_rng(seed):
+        import fastnewton
+        raise RuntimeError("no generator for " + fastnewton.kernels.__file__)
+"""
+
+
+def gpu_script(*arguments, **env):
+    command = ["bash", str(GPU_SCRIPT), *arguments]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+
+
+def test_gpu_script_without_a_gpu_says_so(tmp_path):
+    done = gpu_script("--out", str(tmp_path), PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert "nothing to measure" in done.stdout
+    assert "usage" in gpu_script("--help").stdout
+    assert gpu_script("--only", "nothing").returncode == 2
+
+
+def test_gpu_script_lays_out_the_package(tmp_path):
+    """Without an installation, and where a stage fails the others go on."""
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without .pth files, so without this checkout
+    bare.chmod(0o755)
+    (tmp_path / "cupy.py").write_text(BROKEN_CUPY)
+    paths = f"{tmp_path}:{sysconfig.get_path('purelib')}"
+    out = tmp_path / "out"
+    for stage in ("smoke", "ranks"):
+        done = gpu_script("--only", stage, "--out", str(out), PYTHON=str(bare), PYTHONPATH=paths)
+        assert done.returncode == 0, done.stdout + done.stderr
+    said = (out / "smoke.txt").read_text()
+    assert "no generator for" in said
+    assert str(ROOT) not in said.partition("no generator for")[2]
+    stages = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [stage["stage"] for stage in stages] == ["smoke", "ranks"]
+    assert stages[0]["exit"] == 1
+    assert json.loads((out / "gpu.json").read_text()) == stages
+
+
+def test_gpu_shapes():
+    from bench import gpu
+
+    assert {case.m for case in gpu.headline()} == {2, 4, 8, 12, 16, 24, 32, 48, 64}
+    assert all(case.m * case.n > 2**27 for case in gpu.headline() if case.dtype == "float32")
+    assert len(set(gpu.grid())) == len(gpu.grid())
+    assert {case.dtype for case in gpu.grid()} == {"float32", "float64", "float16", "bfloat16"}
+    assert gpu.headline()[2].nbytes == 17 * 2**25 * 4
