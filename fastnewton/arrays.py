@@ -62,6 +62,10 @@ class Rows(NamedTuple):
         """These rows alone."""
         return self._replace(table=self.table[workers])
 
+    def part(self, start: int, count: int) -> "Rows":
+        """So many coordinates of each row; a start below 0 is for memory that holds only the later ones."""
+        return self._replace(table=self.table + start * self.itemsize, n=count)
+
 
 class Output(NamedTuple):
     """Memory for the result, and what makes the caller's kind of array of it."""
@@ -418,9 +422,9 @@ def _row_is_finite(given: Rows, k: int) -> bool:
     return True
 
 
-def memory(one: Rows, dtype: Any) -> np.ndarray:
+def memory(one: Rows, dtype: Any, *, read_only: bool = True) -> np.ndarray:
     """The bits of a single row in host memory, as words of `dtype`; its owner must outlive the result."""
-    return _at(int(one.table[0]), (one.n,), (one.itemsize,), dtype)
+    return _at(int(one.table[0]), (one.n,), (one.itemsize,), dtype, read_only)
 
 
 def values(given: Memory) -> np.ndarray:
@@ -430,9 +434,11 @@ def values(given: Memory) -> np.ndarray:
     return _at(given.address, given.shape, given.strides, given.dtype)
 
 
-def _at(address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _at(
+    address: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, read_only: bool = True
+) -> np.ndarray:
     typestr = np.dtype(dtype).str
-    interface = {"shape": shape, "strides": strides, "typestr": typestr, "data": (address, True), "version": 3}
+    interface = {"shape": shape, "strides": strides, "typestr": typestr, "data": (address, read_only), "version": 3}
     return np.asarray(type("Memory", (), {"__array_interface__": interface})())
 
 

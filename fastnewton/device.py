@@ -251,17 +251,13 @@ def parts(grads: Rows, thetas: Rows | None, compute: str, first: int, last: int)
     """The parts of those places, one after the other."""
     if first == last:
         return np.empty(0)
-    own = [_stretch(rows, first, last) for rows in (grads, thetas) if rows is not None]
+    start = first * BLOCK
+    own = [rows.part(start, min(last * BLOCK, rows.n) - start) for rows in (grads, thetas) if rows is not None]
     found = _on_host(gram(own[0], None, own[1] if thetas is not None else None, compute, cross=False))
     values = [*found.matrix.ravel(), *found.projection, found.norm2, found.floor**2]
     if thetas is not None:
         values += [*found.theta_matrix.ravel(), *np.zeros(grads.m + 1), found.theta_floor**2]
     return np.array(values)
-
-
-def _stretch(rows: Rows, first: int, last: int) -> Rows:
-    start = first * BLOCK
-    return rows._replace(table=rows.table + start * rows.itemsize, n=min(last * BLOCK, rows.n) - start)
 
 
 def total(found: list[Part], m: int, dtype: str, with_thetas: bool) -> Gram:
@@ -299,3 +295,23 @@ def received(stack: np.ndarray, like: Rows) -> Rows:
     there = cuda.sent(stack)
     table = there.data.ptr + stack.strides[0] * np.arange(len(stack), dtype=np.int64)
     return like._replace(table=table, owner=there)
+
+
+def collecting(target: Rows, word: Any) -> np.ndarray:
+    """Pinned memory in which the shards of θ_new come together."""
+    return cuda.pinned((target.n,), word)
+
+
+def finish_shard(
+    thetas: Rows, grads: Rows, info: StepInfo, target: Rows, compute: str, start: int, whole: np.ndarray
+) -> None:
+    """Write θ_new from coordinate `start` on to `whole`, and in the record whether it is finite; waits."""
+    shard = cuda.cupy().empty(thetas.n, whole.dtype)
+    there = target._replace(table=np.array([shard.data.ptr], np.int64), n=thetas.n)
+    finish(thetas, grads, info, there, compute)
+    cuda.fetched(there, whole[start : start + thetas.n])
+
+
+def deliver(whole: np.ndarray, target: Rows) -> None:
+    """Copy θ_new from pinned memory to where the caller wants it; waits."""
+    cuda.written(whole, target)

@@ -57,7 +57,7 @@ def nonfinite_workers(*matrices: Rows) -> list[int]:
 
 # -- parts of K, for several processes ----------------------------------------------------------------------
 
-blocks, layout = cpu.blocks, cpu.layout
+BLOCK, blocks, layout = cpu.BLOCK, cpu.blocks, cpu.layout
 
 
 def places(first: int, last: int, count: int) -> list[tuple[int, int]]:
@@ -98,3 +98,19 @@ def sendable(one: Rows, word: Any) -> np.ndarray:
 def received(stack: np.ndarray, like: Rows) -> Rows:
     """What was received as rows that kernels can read."""
     return arrays.rows_of(stack, like.dtype)
+
+
+def collecting(target: Rows, word: Any) -> np.ndarray:
+    """Memory in which the shards of θ_new come together."""
+    return arrays.memory(target, word, read_only=False)
+
+
+def finish_shard(
+    thetas: Rows, grads: Rows, info: StepInfo, target: Rows, compute: str, start: int, whole: np.ndarray
+) -> None:
+    """Write θ_new from coordinate `start` on to `whole`, and in the record whether it is finite."""
+    finish(thetas, grads, info, target.part(start, thetas.n), compute)
+
+
+def deliver(whole: np.ndarray, target: Rows) -> None:
+    """θ_new has come together where the caller wants it."""

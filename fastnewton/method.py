@@ -97,8 +97,9 @@ def step(
     Parameters
     ----------
     thetas, grads : array (m, n), or sequence of m arrays (n,)
-        A row for each worker, 1 ≤ m ≤ 1024; float16, bfloat16, float32 or float64; NumPy, PyTorch, JAX or anything with
-        `__dlpack__`, both of one library, dtype and shape.  Rows may be strided.  Never copied, never written.
+        A row for each worker, 1 ≤ m ≤ 1024; float16, bfloat16, float32 or float64; of NumPy, CuPy, PyTorch, JAX or
+        anything with `__dlpack__`, in CPU memory or on a CUDA device, both of one library, device, dtype and shape.
+        Rows may be strided.  Never copied, never written.
     lr : float
         τ ≥ 0, in units of the parameters (1 is Newton's step).
     cutoff : float
@@ -108,11 +109,12 @@ def step(
     lr_rest : float, optional
         β ≥ 0, the step length outside the kept directions; τ if None.
     lr_cap : {None, "sigma", "curvature"}
-        Upper bound for τ: 1/σ_1, or the smallest ‖H̄⁻¹u‖ over unit u in the kept span (reads thetas once more).
+        Upper bound for τ: 1/σ_1, or the smallest ‖H̄⁻¹u‖ over unit u in the kept span, without directions v_k whose
+        ‖Θv_k‖ is rounding (reads thetas once more).  None where no direction is kept.
     nonfinite : {"raise", "drop", "propagate"}
         What to do about NaN and infinity: an error, a step without those workers, or nothing.
     out : array (n,), optional
-        Where to write the result: same library and dtype, contiguous, writable, apart from the inputs.
+        Where to write the result: same library, device and dtype, contiguous, writable, apart from the inputs.
 
     Returns
     -------
@@ -125,7 +127,16 @@ def step(
     TypeError, ValueError
         Bad input, before anything is written.
     NonFiniteError
-        Input that is not finite, or a result that overflows.  If only thetas were at fault, `out` is then undefined.
+        Input that is not finite, or a step that overflows.  Where gradients and their products are finite, `out` is
+        then undefined.
+    RuntimeError
+        Arrays on a CUDA device where CuPy, or the driver, is missing.
+
+    Notes
+    -----
+    On a CUDA device the work is enqueued on the stream that is current in the caller's library (for JAX and others, in
+    CuPy).  Up to 64 workers "propagate" never waits, and with `out` it can be captured in a CUDA graph; "raise" and
+    "drop" wait once, at the end.
     """
     lr = arrays.real(lr, "lr")
     options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
@@ -189,7 +200,7 @@ def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None
     Returns
     -------
     Gram
-        NaN and infinity propagate.
+        Its arrays are NumPy's or, for input on a CUDA device, CuPy's.  NaN and infinity propagate.
 
     Raises
     ------
@@ -222,7 +233,7 @@ def spectrum(gram: Gram, *, cutoff: float = 0.1, max_rank: int | None = None) ->
     Returns
     -------
     Spectrum
-        Rank 0 and NaN coefficients if K is not finite.
+        Its arrays are of the kind of those in `gram`.  Rank 0, and NaN in all of them, if K is not finite.
 
     Raises
     ------

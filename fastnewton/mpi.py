@@ -1,11 +1,12 @@
 """The step over MPI: one worker per rank, mpi4py communicators.
 
-    exchange     what moves                         sent per rank    memory per rank beyond θ and g
-    allgather    Allgather of θ and g               2n(m−1)          2mn + n
+    exchange     what moves                                   sent per rank    memory per rank beyond θ and g
+    allgather    Allgather of θ and g                         2n(m−1)          2mn + n
+    sharded      Alltoall of g and θ, Allgather of θ_new      3n(m−1)/m        3n (2n with out=)
 
 Every rank forms K's parts for its own blocks only and sends their maximal subtrees to rank 0, which completes the
 tree, decides, and broadcasts c: the bits of θ_new are the same on every rank and equal to those of `fastnewton.step`
-on the stacked rows.
+on the stacked rows.  With "sharded" a rank also combines its own blocks only.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import numpy as np
 from fastnewton import arrays, eigen
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.info import GO, HEADER, STATUS, StepInfo
+from fastnewton.info import GO, HEADER, RESULT, STATUS, StepInfo
 from fastnewton.kernels import threads, tree
 from fastnewton.launch import foreign_launcher
 from fastnewton.method import NonFiniteError, Options
@@ -31,7 +32,8 @@ try:
 except ImportError as error:
     raise ImportError("fastnewton.mpi needs mpi4py: pip install 'fastnewton[mpi]'") from error
 
-EXCHANGES = ("allgather",)
+EXCHANGES = ("allgather", "sharded", "auto")
+SHARDED_FROM = 1 << 16  # bytes of a gradient from which "auto" shards: smaller ones are a matter of latency
 
 _MPI_TYPES = {
     "float16": MPI.UINT16_T,
@@ -53,8 +55,13 @@ class DistNewton:
         Duplicated, so that the caller's messages are never touched.
     lr, cutoff, max_rank, lr_rest, lr_cap, nonfinite
         As in `fastnewton.step`; the same on all ranks.
-    exchange : {"allgather"}
-        How data move; see the module.
+    exchange : {"auto", "allgather", "sharded"}
+        How data move; see the module.  "auto" shards gradients of 64 KiB and more.
+
+    Attributes
+    ----------
+    traffic : dict of str to (int, int)
+        For each collective that carries vectors or parts of K: calls, and bytes that this rank had for others.
 
     Raises
     ------
@@ -77,7 +84,7 @@ class DistNewton:
         lr_rest: float | None = None,
         lr_cap: str | None = None,
         nonfinite: str = "raise",
-        exchange: str = "allgather",
+        exchange: str = "auto",
     ):
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an intracommunicator of mpi4py; got {type(comm).__name__}")
@@ -87,6 +94,8 @@ class DistNewton:
             raise ValueError(f"comm must have at most {arrays.MAX_WORKERS} ranks; got {comm.size}")
         self._comm = comm.Dup()
         self._like: Rows | None = None  # what a rank's arrays are like, once agreed on
+        self._exchange: Any = None
+        self.traffic: dict[str, tuple[int, int]] = {}
 
         def settle() -> tuple[float, Options]:
             arrays.choice(exchange, "exchange", EXCHANGES)
@@ -99,6 +108,7 @@ class DistNewton:
             self._comm.Free()  # all ranks are here
             raise
         self._lr, self._options = settled
+        self._kind = exchange
         self._digest = hashlib.sha256(repr((self._lr, self._options, exchange)).encode()).digest()[:8]
         self._threads = _share_of_cores(self._comm)
         if comm.size == 1 and MPI.COMM_WORLD.size == 1 and (note := foreign_launcher(os.environ, 1)):
@@ -115,7 +125,7 @@ class DistNewton:
         """Free the communicator and the buffers."""
         if self._comm != MPI.COMM_NULL:
             self._comm.Free()
-        self._stacks = self._gathered = None
+        self._exchange = None
 
     def step(self, theta: Any, grad: Any, *, lr: float | None = None, out: Any = None) -> tuple[Any, StepInfo]:
         """One step; θ_new has the same bits on every rank.
@@ -123,7 +133,8 @@ class DistNewton:
         Parameters
         ----------
         theta, grad : array (n,)
-            This rank's parameters and gradient; n and dtype are agreed on in the first step.
+            This rank's parameters and gradient; n, dtype and kind of memory are agreed on in the first step.  Arrays on
+            a CUDA device are staged through pinned host memory.
         lr : float, optional
             τ for this step alone; that of rank 0 counts.
         out : array (n,), optional
@@ -149,7 +160,7 @@ class DistNewton:
         if self._like is None:
             self._agree(checked, problem)
         with threads.set_thread_limit(self._threads):
-            return self._allgather_step(checked, problem)
+            return self._step(checked, problem)
 
     # -- input ----------------------------------------------------------------------------------------------
 
@@ -194,11 +205,9 @@ class DistNewton:
         self._like = first._replace(owner=None)
 
     def _allocate(self, like: Rows) -> None:
-        shape, word = (self._comm.size, like.n), _WORDS[like.dtype]
+        sharded = self._kind == "sharded" or (self._kind == "auto" and like.n * like.itemsize >= SHARDED_FROM)
         with backend(like).context(like):
-            self._stacks = [backend(like).receiving(shape, word) for _ in range(2)]
-        for stack in self._stacks:
-            stack[self._comm.rank] = 0  # what is sent in place of bad input
+            self._exchange = (_Sharded if sharded else _Allgather)(self._comm, like, self._count)
 
     def _raise_first(self, problem: Exception | None) -> None:
         """Collective: raise the error of the lowest rank that has one, on all ranks."""
@@ -207,99 +216,217 @@ class DistNewton:
                 kind, message = found
                 raise kind(f"rank {rank}: {message}") from problem
 
-    # -- allgather ------------------------------------------------------------------------------------------
+    def _count(self, collective: str, nbytes: int) -> None:
+        calls, before = self.traffic.get(collective, (0, 0))
+        self.traffic[collective] = calls + 1, before + nbytes
 
-    def _allgather_step(self, checked: Any, problem: Exception | None) -> tuple[Any, StepInfo]:
-        n, dtype = self._like.n, self._like.dtype
-        kind = _MPI_TYPES[dtype]
+    # -- the step -------------------------------------------------------------------------------------------
+
+    def _step(self, checked: Any, problem: Exception | None) -> tuple[Any, StepInfo]:
+        word = _WORDS[self._like.dtype]
         if checked is None:
-            mine = [stack[self._comm.rank].copy() for stack in self._stacks]
-            target, tau = None, self._lr
+            like, target, tau = self._like, None, self._lr
+            mine = [np.zeros(like.n, word) for _ in range(2)]
         else:
             *given, target, tau = checked
-            mine = [backend(one).sendable(one, _WORDS[dtype]) for one in given]
-        theta_on_its_way = self._comm.Iallgather([mine[0], n, kind], [self._stacks[0], n, kind])
-        self._comm.Allgather([mine[1], n, kind], [self._stacks[1], n, kind])
-        theta_on_its_way.Wait()
-        like = self._like if checked is None else given[0]
+            like = given[0]
+            mine = [backend(one).sendable(one, word) for one in given]
         with backend(like).context(like):
-            self._gathered = [backend(like).received(stack, like) for stack in self._stacks]
-            info = self._round(np.arange(self._comm.size), tau, target, problem)
+            self._exchange.start(*mine)
+            info = self._round(np.arange(self._comm.size), tau, target, like, problem)
             return target.finish(), info
 
-    def _round(self, workers: np.ndarray, tau: float, target: Any, problem: Any) -> StepInfo:
+    def _round(self, workers: np.ndarray, tau: float, target: Any, like: Rows, problem: Any) -> StepInfo:
         """The step of these workers, as `fastnewton.method` takes it; collective."""
-        options = self._options
-        thetas, grads = (given.only(workers) for given in self._gathered)
-        products = sums = options.compute(grads.dtype)
+        options, exchange = self._options, self._exchange
+        products = sums = options.compute(like.dtype)
         while True:
-            info = self._decide(thetas, grads, tau, products, problem)
+            info = self._decide(workers, tau, products, like, problem)
             if info.status == GO or options.nonfinite == "propagate":
-                backend(grads).finish(thetas, grads, info, target.rows, sums)
+                exchange.finish(workers, info, target.rows, sums)
             if options.nonfinite == "propagate" or info.is_sound:
                 return info
-            if bad := self._nonfinite_workers(workers):
-                return self._without(bad, workers, tau, target)
+            if bad := exchange.nonfinite_workers(workers, like):
+                return self._without(bad, workers, tau, target, like)
             if (products if info.status != GO else sums) == "float64":
                 raise NonFiniteError.overflow()
             products, sums = ("float64", sums) if info.status != GO else (products, "float64")
 
-    def _decide(self, thetas: Rows, grads: Rows, tau: float, compute: str, problem: Exception | None) -> StepInfo:
+    def _decide(self, workers: np.ndarray, tau: float, compute: str, like: Rows, problem: Exception | None) -> StepInfo:
         """Rank 0's decision from the parts of all ranks."""
-        m, with_thetas = grads.m, self._options.lr_cap == "curvature"
-        total = self._summed(grads, thetas if with_thetas else None, compute, problem)
+        m, with_thetas = workers.size, self._options.lr_cap == "curvature"
+        total, problem = self._summed(workers, with_thetas, compute, like, problem)
         record = np.zeros(HEADER + 2 * m)
         if total is not None:
-            gram = backend(grads).total(total, m, grads.dtype, with_thetas)
+            gram = backend(like).total(total, m, like.dtype, with_thetas)
             record = eigen.decide(gram, tau, self._options).record
         elif self._comm.rank == 0:
             record[STATUS] = _BAD_INPUT
         self._comm.Bcast(record, root=0)
+        self._count("Bcast", record.nbytes * (self._comm.size - 1) * (self._comm.rank == 0))
         if record[STATUS] == _BAD_INPUT:
             self._raise_first(problem)
         return StepInfo(record)
 
     def _summed(
-        self, grads: Rows, thetas: Rows | None, compute: str, problem: Exception | None
-    ) -> list[tree.Part] | None:
-        """On rank 0 the parts of all ranks in order, or None if a rank has a problem; None elsewhere."""
-        side, comm = backend(grads), self._comm
-        blocks = side.blocks(grads.n)
-        bounds = [blocks * rank // comm.size for rank in range(comm.size + 1)]
-        places = [side.places(*run, blocks) for run in itertools.pairwise(bounds)]
-        width = side.part_size(grads.m, thetas is not None)
+        self, workers: np.ndarray, with_thetas: bool, compute: str, like: Rows, problem: Exception | None
+    ) -> tuple[list[tree.Part] | None, Exception | None]:
+        """On rank 0 the parts of all ranks in order, or None if a rank has a problem; and this rank's problem."""
+        side, comm = backend(like), self._comm
+        bounds = _block_bounds(comm, like)
+        places = [side.places(*run, side.blocks(like.n)) for run in itertools.pairwise(bounds)]
+        width = side.part_size(workers.size, with_thetas)
         mine = np.zeros(1 + len(places[comm.rank]) * width)
-        mine[0] = problem is not None
+
+        def parts() -> np.ndarray:
+            thetas = self._exchange.thetas(like).only(workers) if with_thetas else None
+            grads = self._exchange.grads(like).only(workers)
+            return side.parts(grads, thetas, compute, *bounds[comm.rank : comm.rank + 2])
+
         if problem is None:
-            mine[1:] = side.parts(grads, thetas, compute, *bounds[comm.rank : comm.rank + 2])
+            found, problem = _attempt(parts)
+        if problem is None:
+            mine[1:] = found
+        mine[0] = problem is not None
+        self._exchange.wait()
         counts = [1 + len(own) * width for own in places]
         every = np.empty(sum(counts)) if comm.rank == 0 else None
         comm.Gatherv(mine, [every, counts] if comm.rank == 0 else None, root=0)
+        self._count("Gatherv", mine.nbytes * (comm.rank != 0))
         if comm.rank != 0:
-            return None
+            return None, problem
         pieces = np.split(every, np.cumsum(counts)[:-1])
         if any(piece[0] for piece in pieces):
-            return None
-        return [
+            return None, problem
+        total = [
             tree.Part(*place, values)
             for own, piece in zip(places, pieces, strict=True)
             for place, values in zip(own, piece[1:].reshape(len(own), width), strict=True)
         ]
+        return total, problem
 
-    def _nonfinite_workers(self, workers: np.ndarray) -> list[int]:
-        """Collective: those of the workers whose own θ or g is not finite."""
-        # The rows as they were sent: with out=theta the caller's θ may be overwritten by now.
-        here = slice(self._comm.rank, self._comm.rank + 1)
-        own = [arrays.rows_of(stack[here], self._like.dtype) for stack in self._stacks]
-        flags = np.zeros(self._comm.size, np.int8)
-        self._comm.Allgather(np.array([bool(arrays.nonfinite_workers(*own))], np.int8), flags)
-        return [int(k) for k in workers if flags[k]]
-
-    def _without(self, bad: list[int], workers: np.ndarray, tau: float, target: Any) -> StepInfo:
+    def _without(self, bad: list[int], workers: np.ndarray, tau: float, target: Any, like: Rows) -> StepInfo:
         if self._options.nonfinite == "raise" or len(bad) == workers.size:
             raise NonFiniteError.of(bad)
-        info = self._round(np.setdiff1d(workers, bad), tau, target, None)
+        info = self._round(np.setdiff1d(workers, bad), tau, target, like, None)
         return dataclasses.replace(info, dropped=tuple(bad))
+
+
+def _block_bounds(comm: MPI.Intracomm, like: Rows) -> list[int]:
+    """The blocks of each rank are those from one bound to the next."""
+    blocks = backend(like).blocks(like.n)
+    return [blocks * rank // comm.size for rank in range(comm.size + 1)]
+
+
+class _Received:
+    """Two stacks of rows, parameters and gradients, that a collective fills; θ may still be on its way."""
+
+    def __init__(self, comm: MPI.Intracomm, like: Rows, count: Callable[[str, int], None], columns: int):
+        self._comm, self._count, self._kind = comm, count, _MPI_TYPES[like.dtype]
+        shape, word = (comm.size, columns), _WORDS[like.dtype]
+        self._thetas, self._grads = (backend(like).receiving(shape, word) for _ in range(2))
+        self._on_its_way: Any = None
+        self._rows: dict[str, Rows] = {}
+
+    def start(self, theta: np.ndarray, grad: np.ndarray) -> None:
+        """Send this rank's vectors; the gradients are there when this returns."""
+        self._rows = {}
+        grads_on_their_way = self._send(grad, self._grads)
+        self._sent = theta  # must live until it is sent
+        self._on_its_way = self._send(theta, self._thetas)
+        grads_on_their_way.Wait()
+
+    def _received(self, name: str, stack: np.ndarray, like: Rows) -> Rows:
+        if name not in self._rows:
+            self._rows[name] = backend(like).received(stack, like)
+        return self._rows[name]
+
+    def wait(self) -> None:
+        """Return when the parameters are there."""
+        if self._on_its_way is not None:
+            self._on_its_way.Wait()
+            self._on_its_way = self._sent = None
+
+    def nonfinite_workers(self, workers: np.ndarray, like: Rows) -> list[int]:
+        """Collective: those of the workers whose θ or g, as it was sent, is not finite."""
+        here = [arrays.rows_of(stack, like.dtype) for stack in (self._thetas, self._grads)]
+        found = np.zeros((self._comm.size, self._comm.size), np.int8)
+        mine = np.zeros(self._comm.size, np.int8)
+        mine[self._scanned(here)] = 1
+        self._comm.Allgather(mine, found)
+        return [int(k) for k in workers if found[:, k].any()]
+
+
+class _Allgather(_Received):
+    """Every rank gets all rows, and combines all of them."""
+
+    def __init__(self, comm: MPI.Intracomm, like: Rows, count: Callable[[str, int], None]):
+        super().__init__(comm, like, count, like.n)
+
+    def _send(self, vector: np.ndarray, stack: np.ndarray) -> MPI.Request:
+        self._count("Allgather", vector.nbytes * (self._comm.size - 1))
+        return self._comm.Iallgather([vector, vector.size, self._kind], [stack, vector.size, self._kind])
+
+    def grads(self, like: Rows) -> Rows:
+        """The gradients of all workers, whole."""
+        return self._received("grads", self._grads, like)
+
+    def thetas(self, like: Rows) -> Rows:
+        """The parameters of all workers, whole; waits for them."""
+        self.wait()
+        return self._received("thetas", self._thetas, like)
+
+    def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str) -> None:
+        """Write θ_new to `target`, and in the record whether it is finite."""
+        thetas, grads = self.thetas(target).only(workers), self.grads(target).only(workers)
+        backend(target).finish(thetas, grads, info, target, compute)
+
+    def _scanned(self, stacks: list[Rows]) -> list[int]:
+        own = np.array([self._comm.rank])
+        return [self._comm.rank] if arrays.nonfinite_workers(*(stack.only(own) for stack in stacks)) else []
+
+
+class _Sharded(_Received):
+    """Every rank gets its own blocks of all rows, combines them, and hands its shard of θ_new to all."""
+
+    def __init__(self, comm: MPI.Intracomm, like: Rows, count: Callable[[str, int], None]):
+        block = backend(like).BLOCK
+        bounds = np.minimum(np.array(_block_bounds(comm, like)) * block, like.n)
+        self._counts, self._starts = np.diff(bounds), bounds[:-1]
+        self._own, self._start = int(self._counts[comm.rank]), int(self._starts[comm.rank])
+        super().__init__(comm, like, count, self._own)
+
+    def _send(self, vector: np.ndarray, stack: np.ndarray) -> MPI.Request:
+        self._count("Alltoall", vector.nbytes - self._own * vector.itemsize)
+        size = self._comm.size
+        received = [self._own] * size, [self._own * rank for rank in range(size)]
+        return self._comm.Ialltoallv([vector, (self._counts, self._starts), self._kind], [stack, received, self._kind])
+
+    def grads(self, like: Rows) -> Rows:
+        """The gradients of all workers, of which this rank's blocks can be read."""
+        return self._received("grads", self._grads, like).part(-self._start, like.n)
+
+    def thetas(self, like: Rows) -> Rows:
+        """The parameters of all workers, of which this rank's blocks can be read; waits for them."""
+        self.wait()
+        return self._received("thetas", self._thetas, like).part(-self._start, like.n)
+
+    def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str) -> None:
+        """Write θ_new to `target`, and in the record whether it is finite anywhere."""
+        side, word = backend(target), _WORDS[target.dtype]
+        own = [rows.only(workers).part(self._start, self._own) for rows in (self.thetas(target), self.grads(target))]
+        whole = side.collecting(target, word)
+        side.finish_shard(*own, info, target, compute, self._start, whole)
+        broken = np.zeros(self._comm.size)
+        verdicts = self._comm.Iallgather(info.record[RESULT : RESULT + 1].copy(), broken)
+        self._comm.Allgatherv(MPI.IN_PLACE, [whole, (self._counts, self._starts), self._kind])
+        self._count("Allgather", self._own * whole.itemsize * (self._comm.size - 1))
+        verdicts.Wait()
+        info.record[RESULT] = broken.any()
+        side.deliver(whole, target)
+
+    def _scanned(self, stacks: list[Rows]) -> list[int]:
+        return arrays.nonfinite_workers(*stacks)
 
 
 def _attempt(task: Callable[[], Any]) -> tuple[Any, Exception | None]:

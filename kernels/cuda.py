@@ -134,6 +134,13 @@ def fetched(one: Any, target: np.ndarray) -> np.ndarray:
     return target
 
 
+def written(source: np.ndarray, one: Any) -> None:
+    """Copy pinned memory to a vector, and wait for it."""
+    runtime, stream = cupy().cuda.runtime, cupy().cuda.get_current_stream()
+    runtime.memcpyAsync(_address(one), source.ctypes.data, source.nbytes, runtime.memcpyHostToDevice, stream.ptr)
+    stream.synchronize()
+
+
 def sent(source: np.ndarray) -> Any:
     """An array on the device with what pinned memory holds; the memory must stay as it is until the stream is done."""
     runtime, stream = cupy().cuda.runtime, cupy().cuda.get_current_stream()

@@ -29,7 +29,9 @@ from problems import DTYPES, Quadratic
 
 import fastnewton as fn
 import fastnewton.mpi
-from fastnewton.mpi import DistNewton
+
+EXCHANGE = os.environ.get("EXCHANGE", "auto")  # of all checks
+DistNewton = functools.partial(fastnewton.mpi.DistNewton, exchange=EXCHANGE)
 
 LENGTHS = (0, 1, 7, 1023, 1025, 5000)  # around the blocks of 1,024 coordinates: fewer than ranks, uneven, cut short
 STRAGGLE = 30  # seconds that the others get to finish a check in which one rank has failed
@@ -305,7 +307,7 @@ def check_overflow_of_finite_input_is_an_error(comm):
     thetas, grads = data(comm, 1100)
     signs = (-1.0) ** np.arange(comm.size)[:, None]
     for what, second, lr in (("products", 1.5e308 * signs * np.ones_like(grads), 2.0), ("result", grads, 1.5e308)):
-        task = functools.partial(DistNewton.step, theta=thetas[comm.rank], grad=second[comm.rank], lr=lr)
+        task = functools.partial(fastnewton.mpi.DistNewton.step, theta=thetas[comm.rank], grad=second[comm.rank], lr=lr)
         with DistNewton(comm, lr=2.0) as newton:
             found = raised(comm, what, functools.partial(task, newton))
             expected = _error_of_one_process(thetas, second, lr=lr)
@@ -646,6 +648,45 @@ def check_groups_and_objects_are_independent(comm):
             thetas, grads = data(MPI.COMM_SELF, 100, seed=comm.rank)
             given = newton.step(thetas[0], grads[0])
     expect(comm, raw(given[0]) != raw(fn.step(thetas, grads, lr=0.5)[0]) and "COMM_SELF")
+
+
+# -- what moves --------------------------------------------------------------------------------------------
+
+
+def check_traffic_is_that_of_the_table(comm):
+    """Bytes of vectors that a rank sends, from the sizes of the shards alone."""
+    m = comm.size
+    for n in (0, 1, 1024 * m + 17, 16_384, 50_000):
+        thetas, grads = data(comm, n, np.float32)
+        with DistNewton(comm, lr=0.5) as newton:
+            for _ in range(2):
+                newton.step(thetas[comm.rank], grads[comm.rank])
+            traffic = dict(newton.traffic)
+        blocks = -(-n // 1024)
+        bounds = [min(n, 1024 * (blocks * rank // m)) for rank in range(m + 1)]
+        own = bounds[comm.rank + 1] - bounds[comm.rank]
+        if EXCHANGE == "allgather":
+            wanted = {"Allgather": (4, 2 * 2 * 4 * n * (m - 1))}
+        else:
+            wanted = {"Alltoall": (4, 2 * 2 * 4 * (n - own)), "Allgather": (2, 2 * 4 * own * (m - 1))}
+            total = sum(comm.allgather(sum(nbytes for _, nbytes in wanted.values())))
+            # 1.5 times a ring all-reduce of the gradient, 2n(m − 1)/m on each rank, in two steps; none is rounded up.
+            assert total == 2 * 3 * 4 * n * (m - 1)
+        found = {name: traffic[name] for name in ("Allgather", "Alltoall") if name in traffic}
+        expect(comm, found != wanted and f"n={n}: {found}, not {wanted}")
+        parts = traffic["Gatherv"][1] + traffic["Bcast"][1]
+        # A part has m² numbers and 2m + 2 more at most, in tiles of 5²; a rank has two subtrees for each level.
+        most = 2 * 8 * (1 + 2 * max(1, blocks).bit_length() * (m + 7) ** 2) + 2 * 8 * (8 + 2 * m) * m
+        expect(comm, parts > most and f"n={n}: {parts} bytes of parts, more than {most}")
+
+
+def check_auto_shards_long_vectors(comm):
+    for n, kind in ((1000, "Allgather"), (40_000, "Alltoall")):
+        thetas, grads = data(comm, n, np.float32)
+        with fastnewton.mpi.DistNewton(comm, lr=0.5) as newton:
+            given = newton.step(thetas[comm.rank], grads[comm.rank])
+            expect(comm, (kind == "Alltoall") != ("Alltoall" in newton.traffic) and f"{n}: {newton.traffic}")
+        expect_step(comm, kind, given, fn.step(thetas, grads, lr=0.5))
 
 
 # -- arrays on a CUDA device --------------------------------------------------------------------------------

@@ -61,9 +61,18 @@ class Ranks:
         return outcome["told"]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids="{}-ranks".format)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((size, exchange), marks=pytest.mark.full if size > 4 else ())
+        for exchange in ("allgather", "sharded")
+        for size in (1, 2, 3, 4, 8)
+    ],
+    ids=lambda param: f"{param[0]}-ranks-{param[1]}",
+)
 def ranks(request):
-    return Ranks(request.param)
+    size, exchange = request.param
+    return Ranks(size, EXCHANGE=exchange)
 
 
 @pytest.mark.parametrize("check", CHECKS)
