@@ -681,7 +681,7 @@ def check_traffic_is_that_of_the_table(comm):
 
 
 def check_auto_shards_long_vectors(comm):
-    for n, kind in ((1000, "Allgather"), (40_000, "Alltoall")):
+    for n, kind in ((1000, "Allgather"), (70_000, "Alltoall")):
         thetas, grads = data(comm, n, np.float32)
         with fastnewton.mpi.DistNewton(comm, lr=0.5) as newton:
             given = newton.step(thetas[comm.rank], grads[comm.rank])
