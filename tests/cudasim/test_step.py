@@ -42,7 +42,8 @@ def test_step_is_the_papers(rng, dtype, m, n):
 
 @pytest.mark.full
 @pytest.mark.parametrize(("order", "seed"), [("descending", 0), ("random", 1), ("random", 2)])
-@pytest.mark.parametrize(("dtype", "m"), [("float32", m) for m in EVERY_M] + [("float64", 8), ("float16", 8)])
+@pytest.mark.parametrize("m", EVERY_M)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_no_order_of_threads_changes_the_bits(rng, dtype, m, order, seed):
     thetas, grads = workers(rng, m, 2003, DTYPES[dtype])
     usual, _ = assert_step(thetas, grads, lr=0.7, lr_cap="curvature")
