@@ -650,6 +650,22 @@ def check_groups_and_objects_are_independent(comm):
     expect(comm, raw(given[0]) != raw(fn.step(thetas, grads, lr=0.5)[0]) and "COMM_SELF")
 
 
+# -- a rank that fails ---------------------------------------------------------------------------------------
+
+
+def check_a_rank_that_fails_inside_a_step(comm):
+    for rank in ranks_of(comm):
+        thetas, grads = data(comm, 3000)
+        with DistNewton(comm, lr=0.5) as newton:
+            out = np.full(3000, 7.0)
+            step = functools.partial(newton.step, thetas[comm.rank], grads[comm.rank], out=out)
+            failing = mock.patch.object(fastnewton.host, "parts", side_effect=MemoryError("no room for the parts"))
+            with failing if comm.rank == rank else contextlib.nullcontext():
+                expect_error(comm, "no memory", step, MemoryError, f"rank {rank}", "no room for the parts")
+            expect(comm, (out != 7).any() and "out was written")
+            expect_usable(comm, "no memory", newton, 3000, lr=0.5)
+
+
 # -- what moves --------------------------------------------------------------------------------------------
 
 
