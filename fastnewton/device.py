@@ -14,7 +14,7 @@ from fastnewton.arrays import Rows
 from fastnewton.eigen import Gram, Spectrum
 from fastnewton.info import GO, HEADER, NOT_CONVERGED, RESULT, StepInfo
 from fastnewton.kernels import cuda
-from fastnewton.kernels.cpu import BLOCK, blocks  # noqa: F401  (the same blocks on both sides)
+from fastnewton.kernels.cpu import BLOCK, RawGram, blocks  # noqa: F401  (the same blocks on both sides)
 from fastnewton.kernels.tree import Part
 
 # Memory that kernels may still be reading, where its library does not know of their stream and would use it again.
@@ -45,18 +45,6 @@ class Record(NamedTuple):
         """Wait for the step, and read."""
         with context(self.like):
             return self.array.get()
-
-
-class RawGram(NamedTuple):
-    """Sums over coordinates of products of centred rows, not yet projected by C; as `kernels/cpu.py` has them."""
-
-    matrix: np.ndarray
-    projection: np.ndarray
-    norm2: float
-    mean_norm2: float
-    theta_matrix: np.ndarray | None = None
-    cross_matrix: np.ndarray | None = None
-    theta_mean_norm2: float = 0.0
 
 
 # -- gram ---------------------------------------------------------------------------------------------------
@@ -107,18 +95,12 @@ def _measured(
 
 def _large_gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, cross: bool) -> Gram:
     """The Gram of any number of workers, on the host."""
-    raw = _host_products(cuda.large_gram(grads, z, compute=compute).get(), grads.m)
+    raw = RawGram(grads.m, cuda.large_gram(grads, z, compute=compute).get())
     if thetas is not None:
-        of_thetas = _host_products(cuda.large_gram(thetas, None, compute="float64").get(), grads.m)
-        raw = raw._replace(theta_matrix=of_thetas.matrix, theta_mean_norm2=of_thetas.mean_norm2)
+        raw = raw._replace(of_thetas=cuda.large_gram(thetas, None, compute="float64").get())
     if thetas is not None and cross:
-        raw = raw._replace(cross_matrix=cuda.large_cross(thetas, grads).get())
+        raw = raw._replace(cross=cuda.large_cross(thetas, grads).get())
     return eigen.projected(raw, grads.dtype)
-
-
-def _host_products(sums: np.ndarray, m: int) -> RawGram:
-    last = len(sums) - 1
-    return RawGram(sums[:m, :m], sums[:m, last], float(sums[last, last]), float(sums[m, m]))
 
 
 def _on_device(found: Gram) -> Gram:

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,12 +42,12 @@ class Gram:
     cross_matrix: np.ndarray | None = None
     theta_floor: float = 0.0
 
-    @cached_property
+    @property
     def is_finite(self) -> bool:
         """Whether the products of the gradients are finite; an infinite floor is an overflow of ‖ḡ‖²."""
         return math.isfinite(self.floor) and small.is_finite(self.matrix)
 
-    @cached_property
+    @property
     def of_thetas_is_finite(self) -> bool:
         """Whether the products of the thetas are finite; true where none were given."""
         return self.theta_matrix is None or (math.isfinite(self.theta_floor) and small.is_finite(self.theta_matrix))
@@ -81,20 +80,12 @@ class Spectrum:
 
 def projected(raw: Any, dtype: str) -> Gram:
     """The kernels' sums as a Gram: K ← CKC, b ← Cb, which removes the rounding of ḡ from the direction (1, …, 1)."""
-    found = Gram(
-        small.centred(raw.matrix),
-        small.centred_vector(raw.projection),
-        raw.norm2,
-        2 * EPS[dtype] * math.sqrt(raw.mean_norm2),
-    )
-    if raw.theta_matrix is None:
-        return found
-    return replace(
-        found,
-        theta_matrix=small.centred(raw.theta_matrix),
-        cross_matrix=None if raw.cross_matrix is None else small.centred(raw.cross_matrix),
-        theta_floor=2 * EPS[dtype] * math.sqrt(raw.theta_mean_norm2),
-    )
+    matrix, projection, norm2, floor = small.projected(raw.products, raw.m, EPS[dtype])
+    if raw.of_thetas is None:
+        return Gram(matrix, projection, norm2, floor)
+    theta_matrix, _, _, theta_floor = small.projected(raw.of_thetas, raw.m, EPS[dtype])
+    cross = None if raw.cross is None else small.centred(raw.cross)
+    return Gram(matrix, projection, norm2, floor, theta_matrix, cross, theta_floor)
 
 
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None, eigh: Callable = np.linalg.eigh) -> Spectrum:
@@ -102,18 +93,19 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None, eigh: Callable = n
     m = gram.projection.size
     if not gram.is_finite:
         return Spectrum(np.full(m, np.nan), np.full((m, m), np.nan), 0, np.full(m, np.nan), 0.0)
-    squares, vectors = eigh(gram.matrix)
-    largest_rank = m if max_rank is None else min(m, max_rank)
-    found = small.coefficients(squares, vectors, gram.projection, gram.norm2, cutoff, gram.floor, largest_rank)
-    return Spectrum(*found)
+    settings = gram.projection, gram.norm2, cutoff, gram.floor, m if max_rank is None else min(m, max_rank)
+    if m <= small.COMPILED_LIMIT:
+        return Spectrum(*small.spectrum(gram.matrix, *settings))
+    return Spectrum(*small.coefficients(*eigh(gram.matrix), *settings))
 
 
 def decide(gram: Gram, lr: float, options: Any, eigh: Callable = np.linalg.eigh) -> StepInfo:
     """The coefficients and step length that follow from the small matrices alone."""
     found = spectrum(gram, options.cutoff, options.max_rank, eigh)
+    finite = not math.isnan(found.singular_values[0])
     usable = options.lr_cap != "curvature" or found.rank == 0 or gram.of_thetas_is_finite
     tau = capped(lr, options.lr_cap, gram, found) if usable else lr
-    status = GO if gram.is_finite and usable else NOT_FINITE
+    status = GO if finite and usable else NOT_FINITE
     beta = tau if options.lr_rest is None else options.lr_rest
     return StepInfo(recorded(status, found.rank, tau, beta, found.captured, found.singular_values, found.coefficients))
 

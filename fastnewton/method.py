@@ -143,7 +143,7 @@ def step(
     first, second = arrays.pair(thetas, grads)
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
-        info = _step(first, second, lr, options, target.rows)
+        info = step_rows(first, second, lr, options, target.rows)
         return target.finish(), info
 
 
@@ -294,7 +294,7 @@ def compute_type(dtype: str, precision: str | None) -> str:
     return "float64" if dtype == "float64" or precision == "float64" else "float32"
 
 
-def _step(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
+def step_rows(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
     """The step on checked input, written to `out`; what overflows is repeated in float64."""
     side = backend(thetas)
     products = sums = options.compute(grads.dtype)
@@ -314,5 +314,5 @@ def _without(workers: list[int], thetas: Rows, grads: Rows, lr: float, options: 
     if options.nonfinite == "raise" or len(workers) == thetas.m:
         raise NonFiniteError.of(workers)
     healthy = np.setdiff1d(np.arange(thetas.m), workers)
-    info = _step(thetas.only(healthy), grads.only(healthy), lr, options, out)
+    info = step_rows(thetas.only(healthy), grads.only(healthy), lr, options, out)
     return dataclasses.replace(info, dropped=tuple(workers))

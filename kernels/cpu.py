@@ -39,13 +39,10 @@ PIECES_PER_THREAD = 16  # so that a thread that is held up delays the others lit
 class RawGram(NamedTuple):
     """Sums over coordinates of products of centred rows, not yet projected by C."""
 
-    matrix: np.ndarray
-    projection: np.ndarray
-    norm2: float
-    mean_norm2: float
-    theta_matrix: np.ndarray | None = None
-    cross_matrix: np.ndarray | None = None
-    theta_mean_norm2: float = 0.0
+    m: int
+    products: np.ndarray  # of m rows, then their mean, then z if it is another
+    of_thetas: np.ndarray | None = None
+    cross: np.ndarray | None = None
 
 
 def blocks(n: int) -> int:
@@ -82,8 +79,8 @@ def gram_parts(
     grads and thetas are Rows of one shape and dtype, z is Rows of one row; compute is "float32" or "float64", the type
     in which products of gradients are formed.
     """
-    m, n = grads.m, grads.n
-    last = blocks(n) if last is None else last
+    m = grads.m
+    last = blocks(grads.n) if last is None else last
     with_z, with_thetas = z is not None, thetas is not None
     exactly = m if m <= STRAIGHT else 0
     table = np.concatenate([grads.table, z.table]) if with_z else grads.table
@@ -91,22 +88,29 @@ def gram_parts(
     if with_thetas:
         passes.append((_gram_kernel(exactly, grads.dtype, "float64", False), thetas.table, _gram_size(m, False)))
     if with_thetas and cross:
-        passes.append((_cross_kernel(grads.dtype), np.concatenate([thetas.table, grads.table]), _cross_size(m)))
-    level = max(_piece_level(grads, last - first), _level_that_fits(sum(size for *_, size in passes), last - first))
-    pieces = tree.subtrees(first, last, blocks(n), level)
+        both = np.concatenate([thetas.table, grads.table])
+        passes.append((_gram_kernel_of("cross", grads.dtype), both, _cross_size(m)))
+    return _over_blocks(passes, (grads, z, thetas), first, last)
+
+
+def _over_blocks(passes, held, first: int, last: int):
+    """The parts of blocks first … last−1; a pass is a kernel, its table of rows, and the numbers in its parts."""
+    rows = held[0]
+    level = max(_piece_level(rows, last - first), _level_that_fits(sum(size for *_, size in passes), last - first))
+    pieces = tree.subtrees(first, last, blocks(rows.n), level)
     places = np.array(pieces, np.int64).reshape(-1, 2)
     sums = [np.empty((len(pieces), size)) for *_, size in passes]
     taken = np.zeros((len(passes), 1), np.int64)
 
-    def work(_held=(grads, z, thetas)) -> None:  # a thread may outlast an interrupted caller for a moment
+    def work(_held=held) -> None:  # a thread may outlast an interrupted caller for a moment
         for (kernel, table, _), result, counter in zip(passes, sums, taken, strict=True):
-            kernel(m, table, n, grads.itemsize, places, last, counter, result)
+            kernel(rows.m, table, rows.n, rows.itemsize, places, last, counter, result)
 
     if pieces:
         threads.on_threads(work, len(pieces))
     values = sums[0] if len(sums) == 1 else np.hstack(sums)
     parts = [tree.Part(*where, row) for where, row in zip(pieces, values, strict=True)]
-    return parts if len(parts) == 1 else tree.merged(parts, first, last, blocks(n))
+    return parts if len(parts) == 1 else tree.merged(parts, first, last, blocks(rows.n))
 
 
 def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> RawGram:
@@ -114,15 +118,24 @@ def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool, with_cross: bo
     kinds = {"with_z": with_z, "with_thetas": with_thetas, "with_cross": with_cross}
     values = tree.total(parts) if parts else np.zeros(part_size(m, **kinds))
     size = _gram_size(m, with_z)
-    full = _unpacked(values[:size], m, with_z)
-    last = m + with_z  # the row of z, or of the mean
-    raw = RawGram(full[:m, :m], full[:m, last], float(full[last, last]), float(full[m, m]))
+    raw = RawGram(m, _unpacked(values[:size], m, with_z))
     if not with_thetas:
         return raw
     end = size + _gram_size(m, False)
-    theta = _unpacked(values[size:end], m, False)
-    raw = raw._replace(theta_matrix=theta[:m, :m], theta_mean_norm2=float(theta[m, m]))
-    return raw._replace(cross_matrix=_from_square(values[end:], m)) if with_cross else raw
+    raw = raw._replace(of_thetas=_unpacked(values[size:end], m, False))
+    return raw._replace(cross=_from_square(values[end:], m)) if with_cross else raw
+
+
+def row_products(grads, row, reference) -> tuple[np.ndarray, float]:
+    """(g_i − r)ᵀ(g − r) for every row g_i, and (g − r)ᵀr, for Rows g and r of one row, in float64.
+
+    Bytes: (m + 2)·n·itemsize.  Flops: 3mn.  The same bits for any number of threads.
+    """
+    table = np.concatenate([grads.table, row.table, reference.table])
+    passes = [(_gram_kernel_of("row", grads.dtype), table, grads.m + 1)]
+    parts = _over_blocks(passes, (grads, row, reference), 0, blocks(grads.n))
+    values = tree.total(parts) if parts else np.zeros(grads.m + 1)
+    return values[:-1], float(values[-1])
 
 
 def part_size(m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> int:
@@ -210,8 +223,9 @@ def _gram_kernel(m: int, storage: str, compute: str, with_z: bool):
 
 
 @cache
-def _cross_kernel(storage: str):
-    return specialised(_gram_run, ("cross", storage, "float64", 0), (INT, *_GRAM_ARGUMENTS))
+def _gram_kernel_of(kind: str, storage: str):
+    """Compiled for any number of rows: the "cross" products of two stacks, or those of one "row" with the others."""
+    return specialised(_gram_run, (kind, storage, "float64", 0), (INT, *_GRAM_ARGUMENTS))
 
 
 _GRAM_ARGUMENTS = (INTS, INT, INT, types.Array(INT, 2, "C"), INT, INTS, types.Array(FLOAT, 2, "C"))
@@ -370,7 +384,19 @@ def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strip
                 _tile(storage, compute, left, right, steps, left, left, sums)
                 sums += TILE * TILE * 8
 
-    return tiled if kind.literal_value == "tiled" else cross
+    def of_row(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+        steps = strips * (STRIP // width)
+        difference, reference = scratch, scratch + row
+        _subtract_reference(storage, compute, m, table, offset, steps, difference, reference, sums)
+        k = 0
+        while k + 4 <= m:
+            _multiply_rows(4, storage, compute, table, k, offset, steps, difference, reference, sums)
+            k += 4
+        while k < m:
+            _multiply_rows(1, storage, compute, table, k, offset, steps, difference, reference, sums)
+            k += 1
+
+    return {"tiled": tiled, "cross": cross, "row": of_row}[kind.literal_value]
 
 
 @intrinsic(prefer_literal=True)
@@ -535,6 +561,50 @@ def _tile(typingctx, storage, compute, left, right, steps, ahead, also, sums):
             v.store_double(value, v.at(sums, 8 * k))
 
     return types.void(storage, compute, left, right, steps, ahead, also, sums), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _subtract_reference(typingctx, storage, compute, m, table, offset, steps, difference, reference, sums):
+    """g − r and r, rows m and m + 1, in scratch; their product is written to sums[m]."""
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        m, table, offset, steps, difference, reference, sums = args[2:]
+        row, shift = v.pointers(table, m, 2, offset)
+        running = v.variable()
+        builder.store(v.constant(0.0), running)
+        with v.loop(steps) as step:
+            r = v.load(v.at(shift, step.index, v.stride))
+            d = v.sub(v.load(v.at(row, step.index, v.stride)), r)
+            v.store_work(r, v.at(reference, step.index, VECTOR_BYTES))
+            v.store_work(d, v.at(difference, step.index, VECTOR_BYTES))
+            builder.store(v.fma(d, r, builder.load(running)), running)
+        (total,) = v.lane_sums([builder.load(running)])
+        v.store_double(total, v.at(sums, m, 8))
+
+    return types.void(storage, compute, m, table, offset, steps, difference, reference, sums), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _multiply_rows(typingctx, count, storage, compute, table, first, offset, steps, difference, reference, sums):
+    """(g_k − r)ᵀ(g − r) for `count` rows from `first` on, written to sums[k]."""
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        table, first, offset, steps, difference, reference, sums = args[3:]
+        starts = v.pointers(table, first, count.literal_value, offset)
+        running = [v.variable() for _ in starts]
+        for sum_ in running:
+            builder.store(v.constant(0.0), sum_)
+        with v.loop(steps) as step:
+            d, r = (v.load_work(v.at(side, step.index, VECTOR_BYTES)) for side in (difference, reference))
+            for start, sum_ in zip(starts, running, strict=True):
+                x = v.sub(v.load(v.at(start, step.index, v.stride)), r)
+                builder.store(v.fma(x, d, builder.load(sum_)), sum_)
+        for k, total in enumerate(v.lane_sums([builder.load(sum_) for sum_ in running])):
+            v.store_double(total, v.at(v.at(sums, first, 8), 8 * k))
+
+    return types.void(count, storage, compute, table, first, offset, steps, difference, reference, sums), codegen
 
 
 @intrinsic

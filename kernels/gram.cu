@@ -100,7 +100,7 @@ constexpr int PAIRS = KIND == TILED ? LEFT * (LEFT + 1) / 2 : LEFT * RIGHT;
 constexpr int ROWS = SIDE * (KIND == TILED ? LEFT : LEFT + RIGHT);
 constexpr int PITCH = COORDINATES + SIDE;
 constexpr int ACROSS = COORDINATES / GROUP;  // threads that load one row
-constexpr int DOWN = THREADS / ACROSS;       // rows that are loaded at once
+constexpr int DOWN = THREADS / ACROSS < M ? THREADS / ACROSS : M;  // rows that are loaded at once
 constexpr int TURNS = (M + DOWN - 1) / DOWN;
 constexpr int TERMS = (COORDINATES / SIDE + SPLITS - 1) / SPLITS * SIDE;  // of one sum in one stretch
 constexpr int RUN = TERMS < 256 ? 256 / TERMS : 1;

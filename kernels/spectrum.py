@@ -1,4 +1,4 @@
-"""The m × m part of a step around the eigenproblem, compiled: as NumPy calls it takes longer than short passes."""
+"""The m × m part of a step, compiled: as NumPy calls it takes longer than short passes."""
 
 from functools import cache
 
@@ -6,17 +6,23 @@ import numpy as np
 from fastnewton.kernels.compile import FLOAT, INT, jit, specialised
 from numba import types
 
+COMPILED_LIMIT = 32  # workers; up to here the method below takes less time than LAPACK and NumPy's way there
+_MOST_STEPS = 60  # for one eigenvalue; two or three are usual
+
 _VECTOR, _MATRIX = (types.Array(types.float64, ndim, "A") for ndim in (1, 2))
 
 
+def projected(products: np.ndarray, m: int, eps: float):
+    """CKC, Cb, zᵀz and 2·eps·‖ḡ‖ with C = I − 11ᵀ/m, from the products of m rows, their mean, and z if it is another.
+
+    A symmetric K stays exactly symmetric.
+    """
+    return _compiled(_projected, _MATRIX, INT, FLOAT)(products, m, eps)
+
+
 def centred(matrix: np.ndarray) -> np.ndarray:
-    """CMC with C = I − 11ᵀ/m; a symmetric M stays exactly symmetric."""
+    """CMC."""
     return _compiled(_centred, _MATRIX)(matrix)
-
-
-def centred_vector(vector: np.ndarray) -> np.ndarray:
-    """Cv."""
-    return _compiled(_centred_vector, _VECTOR)(vector)
 
 
 def is_finite(matrix: np.ndarray) -> bool:
@@ -24,8 +30,14 @@ def is_finite(matrix: np.ndarray) -> bool:
     return _compiled(_is_finite, _MATRIX)(matrix)
 
 
+def spectrum(matrix, projection, norm2: float, cutoff: float, floor: float, largest_rank: int):
+    """Eigenpairs of a finite K of up to COMPILED_LIMIT workers, and what `coefficients` makes of them."""
+    kernel = _compiled(_spectrum, _MATRIX, _VECTOR, FLOAT, FLOAT, FLOAT, INT)
+    return kernel(matrix, projection, norm2, cutoff, floor, largest_rank)
+
+
 def coefficients(squares, vectors, projection, norm2: float, cutoff: float, floor: float, largest_rank: int):
-    """σ and V in descending order, the rank j, c and the captured share of z, from eigenvalues in ascending order.
+    """σ and V in descending order, the rank j, c and the captured share of z, from eigenpairs in any order.
 
     c = V_j diag(σ_j⁻²) V_jᵀ b with j = #{k ≤ m−1 : σ_k ≥ max(λσ_1, floor, √(m·2⁻⁵²)·σ_1), σ_k > 0}, at most
     largest_rank.  Flops: 4jm.
@@ -37,6 +49,14 @@ def coefficients(squares, vectors, projection, norm2: float, cutoff: float, floo
 @cache
 def _compiled(function, *arguments):
     return specialised(function, (), arguments)
+
+
+@jit
+def _projected(build, products, m, eps):
+    last = products.shape[0] - 1
+    projection = products[:m, last] - products[:m, last].sum() / m
+    floor = 2 * eps * np.sqrt(products[m, m])
+    return _centred(build, products[:m, :m]), projection, products[last, last], floor
 
 
 @jit
@@ -56,11 +76,6 @@ def _centred(build, matrix):
 
 
 @jit
-def _centred_vector(build, vector):
-    return vector - vector.sum() / vector.size
-
-
-@jit
 def _is_finite(build, matrix):
     for row in matrix:
         for value in row:
@@ -70,13 +85,116 @@ def _is_finite(build, matrix):
 
 
 @jit
+def _spectrum(build, matrix, projection, norm2, cutoff, floor, largest_rank):
+    squares, vectors = _eigh(matrix)
+    return _coefficients(build, squares, vectors, projection, norm2, cutoff, floor, largest_rank)
+
+
+@jit
+def _eigh(matrix):
+    """Eigenvalues and eigenvectors of a symmetric matrix: Householder's tridiagonal form, then implicit QL steps.
+
+    Golub & Van Loan, Matrix Computations, sections 8.3.1 and 8.3.3.
+    """
+    m = matrix.shape[0]
+    rows, scale = np.eye(m), np.abs(matrix).max()  # what becomes the eigenvectors, as rows
+    diagonal, beside = np.zeros(m), np.zeros(m)
+    if scale == 0:
+        return diagonal, rows
+    a = matrix / scale  # its squares do not overflow
+    for k in range(m - 1):
+        _reflect(a, rows, k)
+    for k in range(m):
+        diagonal[k] = a[k, k]
+        beside[k] = a[k + 1, k] if k < m - 1 else 0.0
+    for first in range(m):
+        for _step in range(_MOST_STEPS):
+            last = _end_of_block(diagonal, beside, first)
+            if last == first:
+                break
+            _ql_step(diagonal, beside, rows, first, last)
+    return diagonal * scale, rows.T
+
+
+@jit
+def _reflect(a, rows, k):
+    """Clear column k below the element beside the diagonal: a ← HaH and rows ← H·rows with H = I − βvvᵀ."""
+    m = a.shape[0]
+    v = np.zeros(m)
+    v[k + 1 :] = a[k + 1 :, k]
+    if (v[k + 2 :] ** 2).sum() == 0:
+        return
+    length = np.sqrt((v * v).sum())
+    v[k + 1] += np.copysign(length, v[k + 1])
+    beta = 2 / (v * v).sum()
+    w = np.zeros(m)
+    for i in range(m):
+        for j in range(k + 1, m):
+            w[i] += beta * a[i, j] * v[j]
+    half = beta / 2 * (v * w).sum()
+    for i in range(m):
+        w[i] -= half * v[i]
+    for i in range(k, m):
+        for j in range(k, m):
+            a[i, j] -= v[i] * w[j] + w[i] * v[j]
+    moved = np.zeros(m)
+    for i in range(k + 1, m):
+        for j in range(m):
+            moved[j] += beta * v[i] * rows[i, j]
+    for i in range(k + 1, m):
+        for j in range(m):
+            rows[i, j] -= v[i] * moved[j]
+
+
+@jit
+def _end_of_block(diagonal, beside, first):
+    """The last index that a chain of elements beside the diagonal connects with the first."""
+    last = first
+    while last < diagonal.size - 1:
+        # What is below 2⁻¹⁰⁰ of the largest element changes none of the directions that are kept.
+        if abs(beside[last]) <= max(2.0**-53 * (abs(diagonal[last]) + abs(diagonal[last + 1])), 2.0**-100):
+            break
+        last += 1
+    return last
+
+
+@jit
+def _ql_step(diagonal, beside, rows, first, last):
+    """One implicit QL step with Wilkinson's shift on a block, by rotations from its end to its beginning."""
+    gap = (diagonal[first + 1] - diagonal[first]) / (2 * beside[first])
+    shift = diagonal[first] - beside[first] / (gap + np.copysign(np.sqrt(gap * gap + 1), gap))
+    bulge, sine, cosine, taken = diagonal[last] - shift, 1.0, 1.0, 0.0
+    for k in range(last - 1, first - 1, -1):
+        off, above = sine * beside[k], cosine * beside[k]
+        length = np.sqrt(off * off + bulge * bulge)
+        beside[k + 1] = length
+        if length == 0:  # the block has come apart
+            diagonal[k + 1] -= taken
+            beside[last] = 0.0
+            return
+        sine, cosine = off / length, bulge / length
+        bulge = diagonal[k + 1] - taken
+        length = (diagonal[k] - bulge) * sine + 2 * cosine * above
+        taken = sine * length
+        diagonal[k + 1] = bulge + taken
+        bulge = cosine * length - above
+        for i in range(rows.shape[1]):
+            x, y = rows[k, i], rows[k + 1, i]
+            rows[k, i], rows[k + 1, i] = cosine * x - sine * y, sine * x + cosine * y
+    diagonal[first] -= taken
+    beside[first] = bulge
+    beside[last] = 0.0
+
+
+@jit
 def _coefficients(build, squares, vectors, projection, norm2, cutoff, floor, largest_rank):
     m = squares.size
+    order = np.argsort(squares)
     sigma, descending = np.empty(m), np.empty((m, m))
     for k in range(m):
-        sigma[k] = np.sqrt(max(squares[m - 1 - k], 0.0))
+        sigma[k] = np.sqrt(max(squares[order[m - 1 - k]], 0.0))
         for i in range(m):
-            descending[i, k] = vectors[i, m - 1 - k]
+            descending[i, k] = vectors[i, order[m - 1 - k]]
     least = max(cutoff * sigma[0], floor, np.sqrt(m * 2.0**-52) * sigma[0])
     rank = 0
     while rank < min(m - 1, largest_rank) and sigma[rank] >= least and sigma[rank] > 0:

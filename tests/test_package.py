@@ -17,8 +17,9 @@ from packaging.version import Version
 import fastnewton as fn
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"fastnewton": "fastnewton", "kernels": "fastnewton/kernels"}  # in the repository, in the wheel
-NOT_PACKAGED = ("bench", "tests")
+# In the repository, in the wheel.
+FOLDERS = {"fastnewton": "fastnewton", "fastnewton/mpi": "fastnewton/mpi", "kernels": "fastnewton/kernels"}
+COPIED = ("fastnewton", "kernels", "bench", "tests")
 
 # A quadratic and four workers in three dimensions: with all directions kept, a step of length 1 ends at the minimiser.
 PROGRAM = """
@@ -58,7 +59,7 @@ def wheel(tmp_path_factory):
     copy, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE", "CITATION.cff"):
         shutil.copy(ROOT / name, copy)
-    for name in (*FOLDERS, *NOT_PACKAGED):
+    for name in COPIED:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     try:
         here = Version(importlib.metadata.version("setuptools")) >= Version("77")
@@ -110,7 +111,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel):
     assert held == wanted
     assert {
         "fastnewton/py.typed",
-        "fastnewton/mpi.py",
+        "fastnewton/mpi/newton.py",
         "fastnewton/kernels/cpu.py",
         "fastnewton/kernels/gram.cu",
     } <= set(held)

@@ -1,13 +1,4 @@
-"""The step over MPI: one worker per rank, mpi4py communicators.
-
-    exchange     what moves                                   sent per rank    memory per rank beyond θ and g
-    allgather    Allgather of θ and g                         2n(m−1)          2mn + n
-    sharded      Alltoall of g and θ, Allgather of θ_new      3n(m−1)/m        3n (2n with out=)
-
-Every rank forms K's parts for its own blocks only and sends their maximal subtrees to rank 0, which completes the
-tree, decides, and broadcasts c: the bits of θ_new are the same on every rank and equal to those of `fastnewton.step`
-on the stacked rows.  With "sharded" a rank also combines its own blocks only.
-"""
+"""The step over MPI, one worker per rank: what the ranks agree on, decide together and raise together."""
 
 import dataclasses
 import hashlib
@@ -18,30 +9,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from mpi4py import MPI
 
 from fastnewton import arrays, eigen
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.info import GO, HEADER, RESULT, STATUS, StepInfo
+from fastnewton.info import GO, HEADER, STATUS, StepInfo
 from fastnewton.kernels import threads, tree
 from fastnewton.launch import foreign_launcher
 from fastnewton.method import NonFiniteError, Options
-
-try:
-    from mpi4py import MPI
-except ImportError as error:
-    raise ImportError("fastnewton.mpi needs mpi4py: pip install 'fastnewton[mpi]'") from error
+from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
+from fastnewton.mpi.messages import WORDS
 
 EXCHANGES = ("allgather", "sharded", "auto")
 SHARDED_FROM = 1 << 18  # bytes of a gradient; measured: equal at 160 KiB with 4 ranks of one node, 800 KiB with 2
-
-_MPI_TYPES = {
-    "float16": MPI.UINT16_T,
-    "bfloat16": MPI.UINT16_T,
-    "float32": MPI.FLOAT,
-    "float64": MPI.DOUBLE,
-}
-_WORDS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
 
 _BAD_INPUT = 3  # the status that rank 0 broadcasts where a rank has nothing to step with
 
@@ -56,7 +37,7 @@ class DistNewton:
     lr, cutoff, max_rank, lr_rest, lr_cap, nonfinite
         As in `fastnewton.step`; the same on all ranks.
     exchange : {"auto", "allgather", "sharded"}
-        How data move; see the module.  "auto" shards gradients of 256 KiB and more.
+        How data move; see `fastnewton.mpi`.  "auto" shards gradients of 256 KiB and more.
 
     Attributes
     ----------
@@ -207,7 +188,7 @@ class DistNewton:
     def _allocate(self, like: Rows) -> None:
         sharded = self._kind == "sharded" or (self._kind == "auto" and like.n * like.itemsize >= SHARDED_FROM)
         with backend(like).context(like):
-            self._exchange = (_Sharded if sharded else _Allgather)(self._comm, like, self._count)
+            self._exchange = (ShardedExchange if sharded else AllgatherExchange)(self._comm, like, self._count)
 
     def _raise_first(self, problem: Exception | None) -> None:
         """Collective: raise the error of the lowest rank that has one, on all ranks."""
@@ -223,7 +204,7 @@ class DistNewton:
     # -- the step -------------------------------------------------------------------------------------------
 
     def _step(self, checked: Any, problem: Exception | None) -> tuple[Any, StepInfo]:
-        word = _WORDS[self._like.dtype]
+        word = WORDS[self._like.dtype]
         if checked is None:
             like, target, tau = self._like, None, self._lr
             mine = [np.zeros(like.n, word) for _ in range(2)]
@@ -273,7 +254,7 @@ class DistNewton:
     ) -> tuple[list[tree.Part] | None, Exception | None]:
         """On rank 0 the parts of all ranks in order, or None if a rank has a problem; and this rank's problem."""
         side, comm = backend(like), self._comm
-        bounds = _block_bounds(comm, like)
+        bounds = block_bounds(comm, like)
         places = [side.places(*run, side.blocks(like.n)) for run in itertools.pairwise(bounds)]
         width = side.part_size(workers.size, with_thetas)
         mine = np.zeros(1 + len(places[comm.rank]) * width)
@@ -310,139 +291,6 @@ class DistNewton:
             raise NonFiniteError.of(bad)
         info = self._round(np.setdiff1d(workers, bad), tau, target, like, None)
         return dataclasses.replace(info, dropped=tuple(bad))
-
-
-def _block_bounds(comm: MPI.Intracomm, like: Rows) -> list[int]:
-    """The blocks of each rank are those from one bound to the next."""
-    blocks = backend(like).blocks(like.n)
-    return [blocks * rank // comm.size for rank in range(comm.size + 1)]
-
-
-class _Received:
-    """Two stacks of rows, parameters and gradients, that a collective fills; θ may still be on its way."""
-
-    def __init__(self, comm: MPI.Intracomm, like: Rows, count: Callable[[str, int], None], columns: int):
-        self._comm, self._count, self._kind = comm, count, _MPI_TYPES[like.dtype]
-        shape, word = (comm.size, columns), _WORDS[like.dtype]
-        self._thetas, self._grads = (backend(like).receiving(shape, word) for _ in range(2))
-        self._on_its_way: list[MPI.Request] = []
-        self._rows: dict[str, Rows] = {}
-
-    def start(self, theta: np.ndarray, grad: np.ndarray) -> None:
-        """Send this rank's vectors; the gradients are there when this returns."""
-        self._rows = {}
-        grads_on_their_way = self._send(grad, self._grads)
-        self._sent = theta  # must live until it is sent
-        self._on_its_way = self._send(theta, self._thetas)
-        MPI.Request.Waitall(grads_on_their_way)
-
-    def _received(self, name: str, stack: np.ndarray, like: Rows) -> Rows:
-        if name not in self._rows:
-            self._rows[name] = backend(like).received(stack, like)
-        return self._rows[name]
-
-    def wait(self) -> None:
-        """Return when the parameters are there."""
-        MPI.Request.Waitall(self._on_its_way)
-        self._on_its_way, self._sent = [], None
-
-    def nonfinite_workers(self, workers: np.ndarray, like: Rows) -> list[int]:
-        """Collective: those of the workers whose θ or g, as it was sent, is not finite."""
-        here = [arrays.rows_of(stack, like.dtype) for stack in (self._thetas, self._grads)]
-        found = np.zeros((self._comm.size, self._comm.size), np.int8)
-        mine = np.zeros(self._comm.size, np.int8)
-        mine[self._scanned(here)] = 1
-        self._comm.Allgather(mine, found)
-        return [int(k) for k in workers if found[:, k].any()]
-
-
-class _Allgather(_Received):
-    """Every rank gets all rows, and combines all of them."""
-
-    def __init__(self, comm: MPI.Intracomm, like: Rows, count: Callable[[str, int], None]):
-        super().__init__(comm, like, count, like.n)
-
-    def _send(self, vector: np.ndarray, stack: np.ndarray) -> list[MPI.Request]:
-        self._count("Allgather", vector.nbytes * (self._comm.size - 1))
-        return [self._comm.Iallgather([vector, vector.size, self._kind], [stack, vector.size, self._kind])]
-
-    def grads(self, like: Rows) -> Rows:
-        """The gradients of all workers, whole."""
-        return self._received("grads", self._grads, like)
-
-    def thetas(self, like: Rows) -> Rows:
-        """The parameters of all workers, whole; waits for them."""
-        self.wait()
-        return self._received("thetas", self._thetas, like)
-
-    def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str) -> None:
-        """Write θ_new to `target`, and in the record whether it is finite."""
-        thetas, grads = self.thetas(target).only(workers), self.grads(target).only(workers)
-        backend(target).finish(thetas, grads, info, target, compute)
-
-    def _scanned(self, stacks: list[Rows]) -> list[int]:
-        own = np.array([self._comm.rank])
-        return [self._comm.rank] if arrays.nonfinite_workers(*(stack.only(own) for stack in stacks)) else []
-
-
-class _Sharded(_Received):
-    """Every rank gets its own blocks of all rows, combines them, and hands its shard of θ_new to all."""
-
-    def __init__(self, comm: MPI.Intracomm, like: Rows, count: Callable[[str, int], None]):
-        block = backend(like).BLOCK
-        bounds = np.minimum(np.array(_block_bounds(comm, like)) * block, like.n)
-        self._counts, self._starts = np.diff(bounds), bounds[:-1]
-        self._own, self._start = int(self._counts[comm.rank]), int(self._starts[comm.rank])
-        super().__init__(comm, like, count, self._own)
-
-    # Point to point: the collectives that take shards of different lengths were measured at half the speed.
-
-    def _send(self, vector: np.ndarray, stack: np.ndarray) -> list[MPI.Request]:
-        self._count("Alltoall", vector.nbytes - self._own * vector.itemsize)
-        stack[self._comm.rank] = self._shard(vector, self._comm.rank)
-        return self._passed_on(lambda rank: self._shard(vector, rank), lambda rank: stack[rank])
-
-    def _shard(self, vector: np.ndarray, rank: int) -> np.ndarray:
-        return vector[self._starts[rank] : self._starts[rank] + self._counts[rank]]
-
-    def _passed_on(
-        self, outgoing: Callable[[int], np.ndarray], incoming: Callable[[int], np.ndarray]
-    ) -> list[MPI.Request]:
-        """Send to each other rank, the next one first, and receive from each, the one before first."""
-        comm, requests = self._comm, []
-        for away in range(1, comm.size):
-            source, to = (comm.rank - away) % comm.size, (comm.rank + away) % comm.size
-            here, there = incoming(source), outgoing(to)
-            requests.append(comm.Irecv([here, here.size, self._kind], source))
-            requests.append(comm.Isend([there, there.size, self._kind], to))
-        return requests
-
-    def grads(self, like: Rows) -> Rows:
-        """The gradients of all workers, of which this rank's blocks can be read."""
-        return self._received("grads", self._grads, like).part(-self._start, like.n)
-
-    def thetas(self, like: Rows) -> Rows:
-        """The parameters of all workers, of which this rank's blocks can be read; waits for them."""
-        self.wait()
-        return self._received("thetas", self._thetas, like).part(-self._start, like.n)
-
-    def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str) -> None:
-        """Write θ_new to `target`, and in the record whether it is finite anywhere."""
-        side, word = backend(target), _WORDS[target.dtype]
-        own = [rows.only(workers).part(self._start, self._own) for rows in (self.thetas(target), self.grads(target))]
-        whole = side.collecting(target, word)
-        side.finish_shard(*own, info, target, compute, self._start, whole)
-        broken = np.zeros(self._comm.size)
-        verdicts = self._comm.Iallgather(info.record[RESULT : RESULT + 1].copy(), broken)
-        own = self._shard(whole, self._comm.rank)
-        MPI.Request.Waitall(self._passed_on(lambda _rank: own, lambda rank: self._shard(whole, rank)))
-        self._count("Allgather", self._own * whole.itemsize * (self._comm.size - 1))
-        verdicts.Wait()
-        info.record[RESULT] = broken.any()
-        side.deliver(whole, target)
-
-    def _scanned(self, stacks: list[Rows]) -> list[int]:
-        return arrays.nonfinite_workers(*stacks)
 
 
 def _attempt(task: Callable[[], Any]) -> tuple[Any, Exception | None]:
