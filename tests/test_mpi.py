@@ -14,8 +14,10 @@ from fastnewton.launch import foreign_launcher
 
 pytest.importorskip("mpi4py", exc_type=ImportError)
 
-PROGRAM = Path(__file__).with_name("mpi_checks.py")
-CHECKS = re.findall(r"^def (check_\w+)", PROGRAM.read_text(encoding="utf-8"), re.MULTILINE)
+PROGRAM, SERVED = (Path(__file__).with_name(name) for name in ("mpi_checks.py", "mpi_server_checks.py"))
+CHECKS, OF_SERVER = (
+    re.findall(r"^def (check_\w+)", program.read_text(encoding="utf-8"), re.MULTILINE) for program in (PROGRAM, SERVED)
+)
 MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
 LIMIT = 240  # seconds for one run, kernels compiled on every rank included; warm, it takes a few
 
@@ -26,13 +28,13 @@ UNWANTED = ("FASTNEWTON_NUM_THREADS", "NUMBA_NUM_THREADS", "OMPI_COMM_WORLD_SIZE
 class Ranks:
     """One run of the checks under mpiexec."""
 
-    def __init__(self, size, *checks, **variables):
+    def __init__(self, size, *checks, program=PROGRAM, **variables):
         if MPIEXEC is None:
             pytest.skip("no mpiexec")
-        program = [sys.executable, "-W", "error", "-m", "mpi4py", str(PROGRAM), "--limit", str(LIMIT - 20)]
+        command = [sys.executable, "-W", "error", "-m", "mpi4py", str(program), "--limit", str(LIMIT - 20)]
         environment = {name: value for name, value in os.environ.items() if name not in UNWANTED} | variables
         started = subprocess.Popen(
-            [MPIEXEC, "-n", str(size), *program, *checks],
+            [MPIEXEC, "-n", str(size), *command, *checks],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -83,6 +85,16 @@ def test_on_ranks(ranks, check):
 def test_the_ranks_end_in_good_order(ranks):
     assert list(ranks.outcomes) == CHECKS
     assert bool(ranks.status) == any(outcome["failed"] for outcome in ranks.outcomes.values()), ranks.output
+
+
+@pytest.fixture(scope="module", params=[2, 3, 5])
+def served(request):
+    return Ranks(request.param, program=SERVED)
+
+
+@pytest.mark.parametrize("check", OF_SERVER)
+def test_server_on_ranks(served, check):
+    served.told(check)
 
 
 def test_threads_do_not_change_the_bits():
