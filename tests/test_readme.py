@@ -12,12 +12,12 @@ README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readme_shows_numpy_torch_jax_and_mpi():
-    libraries = [re.search(r"\b(torch|jax|mpi4py|numpy)\b", code).group() for code, _ in EXAMPLES]
-    assert libraries == ["numpy", "torch", "jax", "mpi4py"]
+def test_readme_shows_numpy_torch_jax_mpi_and_the_server():
+    libraries = [re.search(r"\b(torch|jax|mpi4py|numpy)\b", code)[0] for code, _ in EXAMPLES]
+    assert libraries == ["numpy", "torch", "jax", "mpi4py", "mpi4py"]
 
 
-@pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=["numpy", "torch", "jax", "mpi"])
+@pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=["numpy", "torch", "jax", "mpi", "server"])
 def test_readme_example_prints_what_the_readme_says(code, output, tmp_path):
     for library in ("torch", "jax", "mpi4py"):
         if f"import {library}" in code or f"from {library}" in code:
@@ -25,10 +25,10 @@ def test_readme_example_prints_what_the_readme_says(code, output, tmp_path):
     program = tmp_path / "workers.py"
     program.write_text(code, encoding="utf-8")
     command = [sys.executable, str(program)]
-    if "mpiexec" in code:
+    if started := re.match(r"# mpiexec -n (\d)", code):
         found = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
         if found is None:
             pytest.skip("no mpiexec")
-        command = [found, "-n", "4", sys.executable, "-m", "mpi4py", str(program)]
+        command = [found, "-n", started[1], sys.executable, "-m", "mpi4py", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.stdout == output, done.stderr
