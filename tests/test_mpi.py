@@ -103,6 +103,36 @@ def test_threads_do_not_change_the_bits():
     assert told[0]["digest"] == told[1]["digest"]
 
 
+DYING = """
+import os, signal, sys
+import numpy as np
+from mpi4py import MPI
+from fastnewton.mpi import DistNewton
+
+comm = MPI.COMM_WORLD
+with DistNewton(comm, lr=0.5, exchange=sys.argv[2]) as newton:
+    newton.step(np.ones(3000), np.ones(3000))
+    if comm.rank == 1:
+        if sys.argv[1] == "error":
+            raise KeyError("its own trouble")
+        os.kill(os.getpid(), signal.SIGKILL)
+    newton.step(np.ones(3000), np.ones(3000))
+"""
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "sharded"])
+@pytest.mark.parametrize("death", ["error", "signal"])
+def test_the_job_ends_where_a_rank_dies(tmp_path, death, exchange):
+    if MPIEXEC is None:
+        pytest.skip("no mpiexec")
+    program = tmp_path / "dying.py"
+    program.write_text(DYING)
+    command = [MPIEXEC, "-n", "3", sys.executable, "-m", "mpi4py", str(program), death, exchange]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert done.returncode != 0
+    assert death == "signal" or "its own trouble" in done.stderr
+
+
 # -- a launcher that MPI knows nothing of ---------------------------------------------------------------------
 
 ALONE = """
