@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import compare, gpu, peers, plots, problems, quadratic, report, train
+from bench import compare, exchange, gpu, peers, plots, problems, quadratic, report, train
 from bench.ceilings import machine, read_ceiling
 
 DESCRIPTION = """\
@@ -27,6 +27,10 @@ About 5 minutes.
 TRAIN = """\
 Multinomial logistic regression on handwritten digits, n = 650, over MPI ranks: DistNewton beside gradient
 descent and SGD at equal numbers of gradients; then two classes, n = 20, with more workers than parameters.
+"""
+EXCHANGE = """\
+The sharded and the allgather exchange of DistNewton over 2, 4 and 8 MPI ranks on this machine, n from 2^14 to 2^24,
+beside the all-reduce of the gradient: time, bytes sent, memory per rank.  About 5 minutes; with --quick less than 1.
 """
 
 
@@ -76,6 +80,17 @@ def run_train(options: argparse.Namespace, console: Console) -> None:
     """`python -m bench train`"""
     trained, parts = _trained(options, console)
     _write(options, console, "train", trained, parts)
+
+
+def run_exchange(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench exchange`"""
+    largest = 18 if options.quick else 24
+    with _progress(console, len(exchange.RANKS) * len(exchange.lengths(largest))) as (say, advance):
+        say("MPI ranks")
+        rows = exchange.measure(largest, options.rounds or (5 if options.quick else 15), advance)
+    found = exchange.table(rows)
+    found.print(console)
+    _write(options, console, "exchange", {"exchange": rows}, [found])
 
 
 DEFAULTS = {
@@ -170,6 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="sub-commands", metavar="")
     for_peers = _parser_for(commands.add_parser, "peers", PEERS, help="the step against roofline and peers")
     for_train = _parser_for(commands.add_parser, "train", TRAIN, help="training over MPI ranks")
+    for_exchange = _parser_for(commands.add_parser, "exchange", EXCHANGE, help="the exchanges over MPI")
+    _add_timing(for_exchange)
+    _add_rounds(for_exchange)
+    for_exchange.set_defaults(run=run_exchange)
     _add_timing(parser)
     _add_timing(for_peers)
     _add_peers(for_peers)
@@ -194,13 +213,17 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
 def _add_peers(parser: argparse.ArgumentParser) -> None:
     names = list(compare.table())
     parser.add_argument("--shapes", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (all)")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of timing (15; quick: 5)")
+    _add_rounds(parser)
     parser.add_argument(
         "--peers",
         nargs="*",
         metavar="NAME",
         help=f"only those with these words in their names: {', '.join(peers.ALL)}",
     )
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of timing (15; quick: 5)")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

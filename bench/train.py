@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def train(
         "seed": seed,
         "rests": rests,
     }
-    newton = run_ranks(ranks, settings, after)
+    newton = run_ranks("bench.train_rank", ranks, settings, after)
     return {
         "problem": f"{images.name}, multinomial logistic regression",
         "samples": problem.samples,
@@ -75,11 +76,11 @@ def train(
     }
 
 
-def run_ranks(ranks: int, settings: dict, after: Callable[[], None], limit: float = TIME_LIMIT) -> dict:
-    """Start the ranks, call `after` for each run that they finish, and return the result of rank 0."""
+def run_ranks(module: str, ranks: int, settings: dict, after: Callable[[], None], limit: float = TIME_LIMIT) -> Any:
+    """Start ranks of a module, call `after` for each run that they finish, and return the result of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "bench.train_rank"]
+        command = [mpiexec(), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", module]
         _watch([*command, json.dumps({**settings, "result": str(result)})], after, limit)
         return json.loads(result.read_text())
 

@@ -17,7 +17,7 @@ from fastnewton.kernels import cpu
 from scipy.optimize import check_grad
 
 import fastnewton as fn
-from bench import ceilings, compare, descent, peers, problems, quadratic, report, roofline, timing, train
+from bench import ceilings, compare, descent, exchange, peers, problems, quadratic, report, roofline, timing, train
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,18 +262,47 @@ def test_mpiexec_beside_the_interpreter_comes_first(monkeypatch, tmp_path):
 def test_a_job_that_takes_too_long_is_ended():
     settings = {"data": None, "samples": 50, "l2": 0.1, "evaluations": 10**7, "seed": 0, "rests": [0.1]}
     with pytest.raises(RuntimeError, match="longer than 2 s"):
-        train.run_ranks(2, settings, after=lambda: None, limit=2)
+        train.run_ranks("bench.train_rank", 2, settings, after=lambda: None, limit=2)
+
+
+@pytest.fixture(scope="module")
+def exchanged():
+    settings = {"lengths": [5000, 1 << 18], "rounds": 1, "most_bytes": 1 << 23}
+    return train.run_ranks("bench.exchange_rank", 3, settings, after=lambda: None)
+
+
+def test_exchanges_are_measured_beside_the_all_reduce(exchanged):
+    short, long = exchanged
+    assert (short["ranks"], short["n"], long["n"]) == (3, 5000, 1 << 18)
+    assert set(short["seconds"]) == {"allreduce", "sharded", "allgather"}
+    assert set(long["seconds"]) == {"allreduce", "sharded"}  # the other would not fit
+    ring = 2 * 4 * long["n"] * 2 / 3
+    # Vectors 1.5 times; shards differ by a block of 1,024; the parts of K and c are O(m² log n).
+    assert ring * 1.5 <= long["sent"]["sharded"] <= ring * 1.5 + 3 * 4 * 1024 + 8 * 200
+    if long["memory"]["sharded"] is not None:
+        assert 2.5 < long["memory"]["sharded"] < 12  # 3 n, and what MPI takes for 1 MiB messages
+
+
+def test_the_table_of_exchanges_has_a_row_for_each_measurement(exchanged):
+    found = exchange.table(exchanged)
+    assert len(found.rows) == 2
+    assert {len(row) for row in found.rows} == {len(found.columns)}
+    assert found.rows[1][5] == "" != found.rows[0][5]
 
 
 # -- the command line ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"]])
+@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"], ["exchange"]])
 def test_help_names_every_option(capsys, arguments):
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--help"])
     said = capsys.readouterr().out
-    options = {"peers": ("--shapes", "--rounds", "--peers"), "train": ("--data", "--evaluations", "--ranks")}
+    options = {
+        "peers": ("--shapes", "--rounds", "--peers"),
+        "train": ("--data", "--evaluations", "--ranks"),
+        "exchange": ("--quick", "--rounds"),
+    }
     for name in ("--out", *options.get(arguments[0] if arguments else "train", ())):
         assert name in said
     assert arguments or all(name in said for name in options)

@@ -1,0 +1,56 @@
+"""The exchanges over MPI on this machine, beside the all-reduce of the gradient that plain SGD needs."""
+
+from collections.abc import Callable
+
+from bench import train
+from bench.report import Table
+
+RANKS = (2, 4, 8)
+MOST_BYTES = 6 << 30  # that all ranks together hold in the allgather exchange
+
+
+def measure(largest: int, rounds: int, after: Callable[[], None]) -> list[dict]:
+    """Rows of figures for n = 2¹⁴, 2¹⁶ … 2^largest and every number of ranks."""
+    settings = {"lengths": lengths(largest), "rounds": rounds, "most_bytes": MOST_BYTES}
+    return [
+        row for ranks in RANKS for row in train.run_ranks("bench.exchange_rank", ranks, settings, after, limit=600.0)
+    ]
+
+
+def lengths(largest: int) -> list[int]:
+    """The n that are measured."""
+    return [1 << power for power in range(14, largest + 1, 2)]
+
+
+def table(rows: list[dict]) -> Table:
+    """Times, ratios to the all-reduce, traffic and memory."""
+    columns = ("ranks", "n", "all-reduce ms", "sharded ms", "ratio", "allgather ms", "ratio", "sent, ring", "sharded")
+    return Table("The exchanges", (*columns, "memory, sharded", "allgather"), [_cells(row) for row in rows], NOTE)
+
+
+NOTE = (
+    "Medians; float32. Sent: bytes per rank, beside those of a ring all-reduce. Memory: the largest growth of a rank "
+    "over its arrays, in arrays of n, without out=; for short arrays mostly what MPI itself takes."
+)
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+    seconds, ranks, n = row["seconds"], row["ranks"], row["n"]
+    ring = 2 * 4 * n * (ranks - 1) / ranks
+
+    def timed(kind: str) -> tuple[str, str]:
+        if kind not in seconds:
+            return "", ""
+        return f"{1e3 * seconds[kind]:.3g}", f"{seconds[kind] / seconds['allreduce']:.2f}"
+
+    memory = [row["memory"].get(kind) for kind in ("sharded", "allgather")]
+    return (
+        str(ranks),
+        f"2^{n.bit_length() - 1}",
+        f"{1e3 * seconds['allreduce']:.3g}",
+        *timed("sharded"),
+        *timed("allgather"),
+        f"{ring:.3g}",
+        f"{row['sent']['sharded'] / ring:.3f} ×",
+        *("" if found is None else f"{found:.1f}" for found in memory),
+    )
