@@ -96,7 +96,8 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None, eigh: Callable = n
     settings = gram.projection, gram.norm2, cutoff, gram.floor, m if max_rank is None else min(m, max_rank)
     if m <= small.COMPILED_LIMIT:
         return Spectrum(*small.spectrum(gram.matrix, *settings))
-    return Spectrum(*small.coefficients(*eigh(gram.matrix), *settings))
+    squares, vectors = eigh(gram.matrix)
+    return Spectrum(*small.coefficients(squares, vectors.T, *settings))
 
 
 def decide(gram: Gram, lr: float, options: Any, eigh: Callable = np.linalg.eigh) -> StepInfo:
