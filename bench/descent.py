@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from bench.problems import Multinomial
+from fastnewton.server import ParameterServer
 
+MOMENTUM = 0.9
+PERIOD = 8  # steps of local SGD between two averages
 BATCH = 32  # samples of a stochastic gradient, on each worker
 DIVERGED = 1e6  # ‖∇J‖ beyond this is not followed further
 
@@ -56,16 +59,61 @@ def gradient_descent(problem: Multinomial, step: float, evaluations: int) -> His
     return history
 
 
-def stochastic(problem: Multinomial, step: float, evaluations: int, workers: int, rng: np.random.Generator) -> History:
+def stochastic(
+    problem: Multinomial, step: float, evaluations: int, workers: int, rng: np.random.Generator, momentum: float = 0.0
+) -> History:
     """SGD: every worker draws a batch, gradients are averaged; recorded once an evaluation per worker."""
-    history = History(problem)
+    history, velocity = History(problem), np.zeros(problem.n)
     for k in range(1, evaluations + 1):
         w = history.w
-        for _ in range(max(1, problem.samples // BATCH)):
-            w = w - step * problem.gradient(w, rng.integers(problem.samples, size=workers * BATCH))
+        for _ in range(_batches(problem)):
+            velocity = momentum * velocity + problem.gradient(w, _drawn(problem, rng, workers))
+            w = w - step * velocity
         if not history.add(w, k):
             break
     return history
+
+
+def local(problem: Multinomial, step: float, evaluations: int, workers: int, rng: np.random.Generator) -> History:
+    """Local SGD: every worker steps by itself; all are averaged after each PERIOD steps."""
+    history = History(problem)
+    points, taken = np.tile(history.w, (workers, 1)), 0
+    for k in range(1, evaluations + 1):
+        for _ in range(_batches(problem)):
+            for w in points:
+                w -= step * problem.gradient(w, _drawn(problem, rng))
+            taken += 1
+            if taken % PERIOD == 0:
+                points[:] = points.mean(0)
+        if not history.add(points.mean(0), k):
+            break
+    return history
+
+
+def asynchronous(
+    problem: Multinomial, step: float, evaluations: int, workers: int, rng: np.random.Generator
+) -> History:
+    """Asynchronous SGD through the parameter server: in random order, each worker Writes from where it last Read."""
+    history = History(problem)
+    server = ParameterServer(history.w, workers, "async", lr=step, max_rank=0)
+    held = [history.w] * workers
+    for k in range(1, evaluations + 1):
+        for _ in range(_batches(problem)):
+            for worker in rng.permutation(workers).tolist():
+                server.write(worker, held[worker], problem.gradient(held[worker], _drawn(problem, rng)))
+                held[worker], _ = server.read()
+        if not history.add(held[worker], k):
+            break
+    return history
+
+
+def _batches(problem: Multinomial) -> int:
+    """That are together one evaluation."""
+    return max(1, problem.samples // BATCH)
+
+
+def _drawn(problem: Multinomial, rng: np.random.Generator, workers: int = 1) -> np.ndarray:
+    return rng.integers(problem.samples, size=workers * BATCH)
 
 
 def best(run: Callable[[float], History], steps: Iterable[float], after: Callable[[], None]) -> tuple[float, History]:

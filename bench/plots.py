@@ -20,6 +20,9 @@ COLOURS = {
     "DistNewton": "#c1121f",
     "gradient descent": "#3a5a80",
     "SGD": "#8d99ae",
+    "momentum SGD": "#e09f3e",
+    "local SGD": "#588157",
+    "asynchronous SGD": "#7b5ea7",
 }
 STYLE = {
     "figure.dpi": 150,
@@ -88,7 +91,7 @@ def training(found: dict, folder: Path) -> str:
         figure, axes = plt.subplots(figsize=(8, 5))
         for method in found["methods"]:
             name, norms = method["name"], method["gradient_norms"]
-            label = name if name == "SGD" else f"{name}: × {method['rate']:.4f} per gradient"
+            label = name if "SGD" in name else f"{name}: × {method['rate']:.4f} per gradient"
             axes.plot(method["evaluations"], norms, color=COLOURS[name], lw=1.8, label=label)
         axes.set(yscale="log", xlim=(0, found["evaluations"]))
         axes.set(xlabel="full-batch gradients evaluated by each worker", ylabel="‖∇J‖")
@@ -96,7 +99,7 @@ def training(found: dict, folder: Path) -> str:
             f"Fewer workers than parameters (m = {found['workers']}, n = {found['n']}): linear convergence",
             pad=20,
         )
-        _subtitle(axes, f"{found['problem']}, L2 {found['l2']:g}; each method at its best fixed step")
+        _subtitle(axes, f"{found['problem']}, L2 {found['l2']:g}; fixed steps, the best for each method")
         axes.legend(loc="lower left")
         return _save(figure, folder, "training.png")
 

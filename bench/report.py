@@ -157,9 +157,9 @@ def training(found: dict) -> Table:
     title = f"Training: {found['problem']}, n = {found['n']}, {found['workers']} workers"
     note = (
         f"After {found['evaluations']} full-batch gradients per worker (of SGD's batches, their share); "
-        "DistNewton spends two a step. Step lengths were searched beforehand, and the gradients of that "
-        "search are not counted. The rate is the factor on ‖∇J‖ per gradient, over the second half. With "
-        "fewer workers than parameters convergence is linear."
+        "DistNewton spends two a step. Step lengths were searched beforehand (local and asynchronous SGD take that "
+        "of SGD), and the gradients of that search are not counted. The rate is the factor on ‖∇J‖ per gradient, "
+        "over the second half. With fewer workers than parameters convergence is linear."
     )
     return Table(title, ("method", "settings", "‖∇J‖", "rate", "J", "training accuracy"), lines, note)
 

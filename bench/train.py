@@ -1,4 +1,4 @@
-"""Training over real MPI ranks: DistNewton beside gradient descent and SGD, at equal numbers of gradients.
+"""Training over real MPI ranks: DistNewton beside gradient descent and kinds of SGD, at equal numbers of gradients.
 
 The first-order methods run in this process, where averaging over workers is arithmetic; mpiexec starts the
 ranks of DistNewton (`train_rank.py`).
@@ -25,10 +25,15 @@ TIME_LIMIT = 600.0
 STEPS = tuple(float(step) for step in np.sqrt(2.0) ** np.arange(-2, 9))  # 0.5 … 16
 SGD_STEPS = (0.0025, 0.01, 0.04, 0.16, 0.64)  # here and below: of the best step of gradient descent
 REST_STEPS = (0.5, 0.71, 1.0, 1.19, 1.41)
-RUNS = len(STEPS) + len(SGD_STEPS) + len(REST_STEPS)
+MOMENTUM_STEPS = (0.03, 0.1, 0.3)  # of the best step of SGD
 
 ROOT = Path(__file__).resolve().parent.parent
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def runs(baselines: bool) -> int:
+    """How many runs `train` makes."""
+    return len(STEPS) + len(SGD_STEPS) + len(REST_STEPS) + baselines * (len(MOMENTUM_STEPS) + 2)
 
 
 def train(
@@ -39,17 +44,27 @@ def train(
     ranks: int = RANKS,
     l2: float = L2,
     seed: int = 0,
+    baselines: bool = True,
     after: Callable[[], None] = lambda: None,
 ) -> dict:
-    """Train with each method; `after` is called when one of RUNS is finished."""
+    """Train with each method, with the distributed ones beside SGD too; `after` is called when a run is finished."""
     images = digits(data, samples)
     problem = Multinomial(images, l2)
     step, plain = descent.best(lambda step: descent.gradient_descent(problem, step, evaluations), STEPS, after)
-    sgd_step, sgd = descent.best(
-        lambda step: descent.stochastic(problem, step, evaluations, ranks, np.random.default_rng(seed)),
-        [share * step for share in SGD_STEPS],
-        after,
-    )
+
+    def drawn(method: Callable, **more: Any) -> Callable[[float], descent.History]:
+        return lambda step: method(problem, step, evaluations, ranks, np.random.default_rng(seed), **more)
+
+    sgd_step, sgd = descent.best(drawn(descent.stochastic), [share * step for share in SGD_STEPS], after)
+    others = []
+    if baselines:
+        momentum = {"momentum": descent.MOMENTUM}
+        steps = [share * sgd_step for share in MOMENTUM_STEPS]
+        best, found = descent.best(drawn(descent.stochastic, **momentum), steps, after)
+        others.append(found.as_dict("momentum SGD", step=best, **momentum))
+        for name, method in (("local SGD", descent.local), ("asynchronous SGD", descent.asynchronous)):
+            _, found = descent.best(drawn(method), [sgd_step], after)
+            others.append(found.as_dict(name, step=sgd_step))
     rests = [share * step for share in REST_STEPS]
     settings = {
         "data": data,
@@ -67,11 +82,12 @@ def train(
         "workers": ranks,
         "l2": l2,
         "evaluations": evaluations,
-        "runs": RUNS,
+        "runs": runs(baselines),
         "methods": [
             newton,
             plain.as_dict("gradient descent", step=step),
             sgd.as_dict("SGD", step=sgd_step, batch=descent.BATCH),
+            *others,
         ],
     }
 

@@ -245,6 +245,27 @@ def test_the_best_step_is_searched_and_divergence_is_not_chosen(bundled):
     assert history.norms[-1] < history.norms[0]
 
 
+def test_kinds_of_sgd_agree_where_they_are_the_same_method(bundled):
+    problem = problems.Multinomial(bundled, 1e-2)
+
+    def run(method, workers, **more):
+        return method(problem, 0.05, 2, workers, np.random.default_rng(3), **more).norms
+
+    # One worker has nobody to be averaged with; with one, sums are formed in another order at most.
+    alone = run(descent.stochastic, 1)
+    assert run(descent.local, 1) == alone
+    assert run(descent.stochastic, 1, momentum=0.0) == alone
+    assert run(descent.asynchronous, 1) == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", [descent.local, descent.asynchronous])
+def test_workers_of_local_and_asynchronous_sgd_learn_from_each_other(bundled, method):
+    problem = problems.Multinomial(bundled, 1e-2)
+    alone, together = (method(problem, 0.05, 3, m, np.random.default_rng(3)) for m in (1, 4))
+    assert together.norms[-1] < together.norms[0]
+    assert together.norms != alone.norms
+
+
 def test_mpiexec_beside_the_interpreter_comes_first(monkeypatch, tmp_path):
     for folder in ("mine", "other"):
         (tmp_path / folder).mkdir()
@@ -332,6 +353,9 @@ def test_training_runs_over_ranks_and_writes_what_it_says(tmp_path, run_python):
         "DistNewton",
         "gradient descent",
         "SGD",
+        "momentum SGD",
+        "local SGD",
+        "asynchronous SGD",
     }
     for method in found["training"]["methods"]:
         assert method["evaluations"][-1] == 20
