@@ -80,37 +80,3 @@ def total(found: list[tree.Part], m: int, dtype: str, with_thetas: bool) -> Gram
     """The Gram, from the parts of all blocks in order."""
     raw = cpu.gram_total(found, m, with_z=False, with_thetas=with_thetas, with_cross=False)
     return eigen.projected(raw, dtype)
-
-
-# -- memory that MPI reads and writes -----------------------------------------------------------------------
-
-
-def receiving(shape: tuple[int, int], word: Any) -> np.ndarray:
-    """Memory for what all ranks send."""
-    return arrays.aligned(shape, word)
-
-
-def sendable(one: Rows, word: Any) -> np.ndarray:
-    """A caller's vector as MPI can send it."""
-    return arrays.memory(one, word)
-
-
-def received(stack: np.ndarray, like: Rows) -> Rows:
-    """What was received as rows that kernels can read."""
-    return arrays.rows_of(stack, like.dtype)
-
-
-def collecting(target: Rows, word: Any) -> np.ndarray:
-    """Memory in which the shards of θ_new come together."""
-    return arrays.memory(target, word, read_only=False)
-
-
-def finish_shard(
-    thetas: Rows, grads: Rows, info: StepInfo, target: Rows, compute: str, start: int, whole: np.ndarray
-) -> None:
-    """Write θ_new from coordinate `start` on to `whole`, and in the record whether it is finite."""
-    finish(thetas, grads, info, target.part(start, thetas.n), compute)
-
-
-def deliver(whole: np.ndarray, target: Rows) -> None:
-    """θ_new has come together where the caller wants it."""

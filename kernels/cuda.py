@@ -126,12 +126,17 @@ def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
-def fetched(one: Any, target: np.ndarray) -> np.ndarray:
-    """Copy a vector to pinned memory, and wait for it."""
+def fetch(one: Any, target: np.ndarray) -> Any:
+    """Begin to copy a vector to pinned memory; an event to wait for."""
     runtime, stream = cupy().cuda.runtime, cupy().cuda.get_current_stream()
     runtime.memcpyAsync(target.ctypes.data, _address(one), target.nbytes, runtime.memcpyDeviceToHost, stream.ptr)
-    stream.synchronize()
-    return target
+    return stream.record()
+
+
+def view(one: Any, word: Any) -> Any:
+    """A vector on the device as CuPy's array; the vector's owner must outlive it."""
+    block = cupy().cuda.UnownedMemory(_address(one), one.n * one.itemsize, one.owner, cupy().cuda.Device().id)
+    return cupy().ndarray((one.n,), word, cupy().cuda.MemoryPointer(block, 0))
 
 
 def written(source: np.ndarray, one: Any) -> None:

@@ -9,6 +9,7 @@ from fastnewton import arrays
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.method import NonFiniteError
+from fastnewton.mpi.buffers import buffers
 from fastnewton.mpi.messages import WORDS, message
 from fastnewton.server import ParameterServer
 
@@ -137,7 +138,6 @@ class Client:
             raise problem
         n, dtype = agreed
         self._like = Rows(np.zeros(1, np.int64), n, dtype, "numpy", None)
-        self._word = WORDS[dtype]
         self._comm = comm.Dup()
         self.worker = comm.rank - 1
 
@@ -182,14 +182,14 @@ class Client:
         if out is not None:
             given = arrays.single(out, "out")
             like = like._replace(library=given.library, device=given.device, stream=given.stream)
-        side = backend(like)
-        with side.context(like):
+        with backend(like).context(like):
             target = arrays.output(out, like, ())
-            words = side.collecting(target.rows, self._word)
+            own = buffers(like)
+            words = own.collecting(target.rows)
             self._ask(_READ, _NO_VERSION if known is None else known)
             version = self._answer()
             self._comm.Recv(message(words, self._like.dtype), 0, _VECTOR)
-            side.deliver(words, target.rows)
+            own.deliver(words, target.rows)
         return target.finish(), version
 
     def write(self, theta: Any, grad: Any) -> int:
@@ -220,10 +220,11 @@ class Client:
                     f"{name} must have the length and dtype of the server's parameters, {self._like.n} and "
                     f"{self._like.dtype}; got {one.n} and {one.dtype}"
                 )
-        words = [backend(one).sendable(one, self._word) for one in given]
-        self._ask(_WRITE)
-        for vector in words:
-            self._comm.Send(message(vector, self._like.dtype), 0, _VECTOR)
+        with backend(given[0]).context(*given):
+            words = [buffers(one).outgoing(one, [slice(0, one.n)]) for one in given]
+            self._ask(_WRITE)
+            for vector in words:
+                self._comm.Send(message(vector(0), self._like.dtype), 0, _VECTOR)
         return self._answer()
 
     def _check_open(self) -> None:

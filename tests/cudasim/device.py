@@ -213,6 +213,9 @@ class Device:
 class Event:
     done = True
 
+    def synchronize(self):
+        _happened("synchronize event")
+
 
 class Stream:
     def __init__(self, ptr=0, device_id=0):

@@ -1,0 +1,98 @@
+"""A model of a step over MPI: latency, bandwidth, memory and arithmetic, fitted to measurements or given.
+
+    t = o + α·messages + bytes sent/β + roofline of gram and combine + d·m³
+
+for one rank.  Ranks of one machine share its bandwidth, its memory and its cores; ranks of a cluster share nothing.
+Messages of the tree collectives are counted as 2·log₂m, those of the others as m − 1 each.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from bench import roofline
+
+KINDS = ("allreduce", "sharded", "allgather")
+ITEMSIZE = 4
+
+
+@dataclass(frozen=True)
+class Network:
+    """Seconds of a step outside the exchange, seconds of a message, bytes/s, bytes/s of memory, flops/s, seconds/m³."""
+
+    overhead: float
+    latency: float
+    bandwidth: float
+    memory: float
+    flops: float
+    cubic: float
+    cores: int | None = None  # of the one machine that all ranks share
+
+
+# The nominal rates of the links; memory and arithmetic of one socket; the eigenproblem as LAPACK solves it.
+NAMED = {
+    "10 Gb/s Ethernet": Network(2e-4, 3e-5, 1.25e9, 2e11, 3e12, 1e-9),
+    "100 Gb/s InfiniBand": Network(2e-4, 2e-6, 1.25e10, 2e11, 3e12, 1e-9),
+    "400 Gb/s InfiniBand": Network(2e-4, 2e-6, 5e10, 2e11, 3e12, 1e-9),
+}
+
+
+def sent(kind: str, m: int, n: int) -> float:
+    """Bytes that each rank sends."""
+    shards = {"allreduce": 2, "sharded": 3, "allgather": 2 * m}[kind]
+    return shards * n * ITEMSIZE * (m - 1) / m
+
+
+def messages(kind: str, m: int) -> float:
+    """Messages that each rank waits for, one after the other."""
+    tree = 2 * math.log2(m)
+    return {"allreduce": tree, "sharded": 3 * (m - 1) + tree, "allgather": 2 * (m - 1) + tree}[kind]
+
+
+def held(kind: str, m: int, n: int) -> float:
+    """Bytes on each rank beside its own θ and g."""
+    return {"allreduce": 1, "sharded": 3, "allgather": 2 * m + 1}[kind] * n * ITEMSIZE
+
+
+def passes(kind: str, m: int, n: int) -> list[roofline.Pass]:
+    """What each rank reads, writes and computes."""
+    if kind == "allreduce":
+        return [roofline.Pass(int(3 * n * ITEMSIZE * (m - 1) / m), n)]
+    combined = n if kind == "allgather" else n // m
+    return [roofline.gram(m, n // m, ITEMSIZE), roofline.combine(m, combined, ITEMSIZE)]
+
+
+def seconds(network: Network, kind: str, m: int, n: int) -> float:
+    """The predicted time of a step, or of the all-reduce of a gradient."""
+    on_a_core = max(1.0, m / network.cores) if network.cores else 1.0
+    sharing = m if network.cores else 1
+    found = network.latency * messages(kind, m) * on_a_core + sharing * sent(kind, m, n) / network.bandwidth
+    found += sharing * sum(part.seconds(network.memory, network.flops) for part in passes(kind, m, n))
+    return found + (kind != "allreduce") * (network.overhead * on_a_core + network.cubic * m**3)
+
+
+def fitted(rows: list[dict], cores: int, flops: float, cubic: float) -> Network:
+    """The network whose predictions come nearest, by non-negative least squares on relative errors."""
+    unit = {"overhead": 0.0, "latency": 0.0, "bandwidth": math.inf, "memory": math.inf, "flops": math.inf, "cubic": 0.0}
+    ones = [Network(**unit | {name: 1.0}, cores=cores) for name in ("overhead", "latency", "bandwidth", "memory")]
+    cases = [(kind, row["ranks"], row["n"], taken) for row in rows for kind, taken in row["seconds"].items()]
+    design = np.array([[seconds(one, kind, m, n) / taken for one in ones] for kind, m, n, taken in cases])
+    overhead, latency, per_byte, per_byte_of_memory = nnls(design, np.ones(len(cases)))[0]
+    rates = [1 / slowness if slowness else math.inf for slowness in (per_byte, per_byte_of_memory)]
+    return Network(overhead, latency, *rates, flops, cubic, cores)
+
+
+def is_for_the_fit(row: dict) -> bool:
+    """Every other n; the rest, the longest among them, is for the check."""
+    return (row["n"].bit_length() - 15) % 4 == 0
+
+
+def errors(network: Network, rows: list[dict]) -> dict[str, list[float]]:
+    """predicted/measured − 1 for each kind."""
+    found = {kind: [] for kind in KINDS}
+    for row in rows:
+        for kind, taken in row["seconds"].items():
+            found[kind].append(seconds(network, kind, row["ranks"], row["n"]) / taken - 1)
+    return found

@@ -1,0 +1,107 @@
+"""Memory that MPI reads and writes: the caller's own, on a device where the library takes it, or pinned copies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fastnewton import arrays
+from fastnewton.arrays import Rows
+from fastnewton.backends import backend
+from fastnewton.info import StepInfo
+from fastnewton.kernels import cuda
+from fastnewton.mpi import gpu_aware
+from fastnewton.mpi.messages import WORDS
+
+
+def buffers(like: Rows) -> "HostBuffers":
+    """Those for arrays like these."""
+    if not like.device.startswith("cuda"):
+        return HostBuffers(like)
+    return (DeviceBuffers if gpu_aware.verdict()[0] else PinnedBuffers)(like)
+
+
+class HostBuffers:
+    """Arrays in CPU memory are sent and received where they are."""
+
+    def __init__(self, like: Rows):
+        self.word = np.dtype(WORDS[like.dtype])
+
+    def receiving(self, shape: tuple[int, int]) -> Any:
+        """Memory for what other ranks send."""
+        return arrays.aligned(shape, self.word)
+
+    def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
+        """A caller's vector as MPI can send it, piece by piece."""
+        words = arrays.memory(one, self.word)
+        return lambda k: words[pieces[k]]
+
+    def rows(self, stack: Any, like: Rows) -> Rows:
+        """What was received, as kernels can read it."""
+        return arrays.rows_of(stack, like.dtype)
+
+    def collecting(self, target: Rows) -> Any:
+        """Memory in which the shards of θ_new come together."""
+        return arrays.memory(target, self.word, read_only=False)
+
+    def finish(
+        self, thetas: Rows, grads: Rows, info: StepInfo, target: Rows, compute: str, start: int, whole: Any
+    ) -> None:
+        """Write θ_new from coordinate `start` on to `whole`, and in the record whether it is finite."""
+        backend(target).finish(thetas, grads, info, target.part(start, thetas.n), compute)
+
+    def deliver(self, whole: Any, target: Rows) -> None:
+        """θ_new has come together where the caller wants it."""
+
+
+class DeviceBuffers(HostBuffers):
+    """Device memory; MPI knows of no stream, so that what was enqueued is waited for before it is called."""
+
+    def receiving(self, shape: tuple[int, int]) -> Any:
+        return cuda.cupy().empty(shape, self.word)
+
+    def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
+        words = cuda.view(one, self.word)
+        cuda.cupy().cuda.get_current_stream().synchronize()
+        return lambda k: words[pieces[k]]
+
+    def rows(self, stack: Any, like: Rows) -> Rows:
+        step = stack.shape[1] * self.word.itemsize
+        return like._replace(table=stack.data.ptr + step * np.arange(len(stack), dtype=np.int64), owner=stack)
+
+    def collecting(self, target: Rows) -> Any:
+        return cuda.view(target, self.word)
+
+
+class PinnedBuffers(DeviceBuffers):
+    """Pinned memory of CuPy's pool; one piece is copied while those before it are sent."""
+
+    def receiving(self, shape: tuple[int, int]) -> Any:
+        return cuda.pinned(shape, self.word)
+
+    def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
+        words = cuda.pinned((one.n,), self.word)
+        copied = [cuda.fetch(one.part(piece.start, piece.stop - piece.start), words[piece]) for piece in pieces]
+
+        def piece(k: int) -> np.ndarray:
+            copied[k].synchronize()
+            return words[pieces[k]]
+
+        return piece
+
+    def rows(self, stack: Any, like: Rows) -> Rows:
+        return super().rows(cuda.sent(stack), like)
+
+    def collecting(self, target: Rows) -> Any:
+        return cuda.pinned((target.n,), self.word)
+
+    def finish(
+        self, thetas: Rows, grads: Rows, info: StepInfo, target: Rows, compute: str, start: int, whole: Any
+    ) -> None:
+        shard = cuda.cupy().empty(thetas.n, self.word)
+        there = target._replace(table=np.array([shard.data.ptr], np.int64), n=thetas.n)
+        backend(target).finish(thetas, grads, info, there, compute)
+        cuda.fetch(there, whole[start : start + thetas.n]).synchronize()
+
+    def deliver(self, whole: Any, target: Rows) -> None:
+        cuda.written(whole, target)
