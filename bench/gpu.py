@@ -289,23 +289,25 @@ def rank(options: argparse.Namespace) -> Iterator[dict]:
     """A step over MPI with every rank on this device, checked on all of them."""
     from mpi4py import MPI
 
-    from fastnewton.mpi import DistNewton
+    from fastnewton.mpi import DistNewton, gpu_aware
 
-    comm, n, cupy = MPI.COMM_WORLD, 1 << 22, _cupy()
+    comm, n = MPI.COMM_WORLD, 1 << 22
     thetas, grads = workers(Case(comm.size, n))
-    with DistNewton(comm, lr=peers.LR, cutoff=peers.CUTOFF) as newton:
-        theta, _ = newton.step(thetas[comm.rank], grads[comm.rank])
-        start = time.perf_counter()
-        for _ in range(5):
-            newton.step(thetas[comm.rank], grads[comm.rank], out=theta)
-        seconds = (time.perf_counter() - start) / 5
     expected = fn.step(thetas, grads, lr=peers.LR, cutoff=peers.CUTOFF)[0]
-    same = comm.allreduce(bool((theta == expected).all()), MPI.LAND)
-    close = comm.allreduce(peers.error(theta, expected), MPI.MAX)
-    cupy.cuda.Device().synchronize()
-    if comm.rank == 0:
-        print(f"{comm.size} ranks, n = {n}: {1e3 * seconds:.1f} ms, difference from one process {close:.1e}")
-        yield {"ranks": comm.size, "n": n, "seconds": {"step": seconds}, "same_bits": same, "difference": close}
+    way = "direct" if gpu_aware.verdict()[0] else "staged"
+    for exchange in ("sharded", "allgather"):
+        with DistNewton(comm, lr=peers.LR, cutoff=peers.CUTOFF, exchange=exchange) as newton:
+            theta, _ = newton.step(thetas[comm.rank], grads[comm.rank])
+            start = time.perf_counter()
+            for _ in range(5):
+                newton.step(thetas[comm.rank], grads[comm.rank], out=theta)
+            seconds = (time.perf_counter() - start) / 5
+        same = comm.allreduce(bool((theta == expected).all()), MPI.LAND)
+        close = comm.allreduce(peers.error(theta, expected), MPI.MAX)
+        row = {"ranks": comm.size, "n": n, "exchange": exchange, "way": way, "seconds": {"step": seconds}}
+        if comm.rank == 0:
+            print(f"{comm.size} ranks, {exchange}, {way}, n = {n}: {1e3 * seconds:.1f} ms, off by {close:.1e}")
+            yield row | {"same_bits": same, "difference": close}
 
 
 def device() -> dict:

@@ -61,8 +61,12 @@ ranks() {
     mpiexec=$(dirname "$(command -v "$python")")/mpiexec
     [ -x "$mpiexec" ] || mpiexec=$(command -v mpiexec) || { echo "mpiexec not found: left out"; return 0; }
     "$python" -c 'import mpi4py' 2>/dev/null || { echo "mpi4py not found: left out"; return 0; }
-    for count in 2 4; do
-        "$mpiexec" -n "$count" "$python" -m bench.gpu rank --out "$out" || return 1
+    local ways=0
+    "$python" -c 'import sys; from fastnewton.mpi import gpu_aware; sys.exit(not gpu_aware.verdict()[0])' && ways="0 1"
+    for direct in $ways; do
+        for count in 1 2 4; do
+            FASTNEWTON_GPU_MPI=$direct "$mpiexec" -n "$count" "$python" -m bench.gpu rank --out "$out" || return 1
+        done
     done
 }
 export -f sanitize ranks

@@ -91,6 +91,17 @@ def _mpi() -> str:
     return library + (f"; {note}" if note else "")
 
 
+def _gpu_buffers() -> str:
+    loaded = sys.modules.get("mpi4py.MPI")
+    if loaded is None or not loaded.Is_initialized():
+        return "decided when MPI is initialised, by FASTNEWTON_GPU_MPI=1 (direct) or 0 (staged), else by the library"
+    from fastnewton.mpi import gpu_aware
+
+    direct, why = gpu_aware.verdict()
+    how = "handed to MPI directly" if direct else "staged through pinned host memory"
+    return f"{how}, {why}; FASTNEWTON_GPU_MPI={int(not direct)} for the other way"
+
+
 def _cache() -> str:
     from fastnewton.kernels.cpu import cache_folder
 
@@ -104,5 +115,6 @@ _SECTIONS = {
     "threads": _threads,
     "CUDA": _cuda,
     "MPI": _mpi,
+    "GPU buffers": _gpu_buffers,
     "kernel cache": _cache,
 }

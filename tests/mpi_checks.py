@@ -22,7 +22,7 @@ from problems import DTYPES, Quadratic
 
 import fastnewton as fn
 import fastnewton.mpi
-from fastnewton.mpi import messages
+from fastnewton.mpi import gpu_aware, messages
 
 EXCHANGE = os.environ.get("EXCHANGE", "auto")  # of all checks
 DistNewton = functools.partial(fastnewton.mpi.DistNewton, exchange=EXCHANGE)
@@ -676,6 +676,59 @@ def check_arrays_on_a_device(comm):
                     )
                     expect_same(comm, what, raw(new.host))
                     expect_same(comm, what, fields(info))
+
+
+class _Recording:
+    """A communicator that notes what its vectors are, and what the device did last before MPI was called."""
+
+    def __init__(self, comm, log, calls):
+        self._comm, self._log, self._calls = comm, log, calls
+
+    def __getattr__(self, name):
+        found = getattr(self._comm, name)
+        if name not in ("Iallgather", "Isend", "Irecv"):
+            return found
+
+        def recorded(*arguments):
+            vectors = [each[0] for each in arguments if isinstance(each, list)]
+            last = [what for what, *_ in self._log if what in ("launch", "copy", "synchronize", "get")][-1:]
+            self._calls.extend((name, type(vector), last) for vector in vectors)
+            return found(*arguments)
+
+        return recorded
+
+
+def check_device_memory_goes_to_mpi_where_it_may(comm):
+    """Simulated device memory is host memory, so that any MPI can read it when it is handed the pointer."""
+    with _simulated_device() as simulated:
+        from cudasim import device
+
+        n = 4097
+        for dtype in (np.dtype(np.float32), DTYPES["bfloat16"]):
+            thetas, grads = data(comm, n, dtype)
+            given = simulated.there(thetas[comm.rank]), simulated.there(grads[comm.rank])
+            found = {}
+            for direct in (False, True):
+                calls, start = [], len(device.log)
+                with (
+                    mock.patch.object(gpu_aware, "verdict", lambda direct=direct: (direct, "")),
+                    DistNewton(comm, lr=0.5) as newton,
+                ):
+                    newton._comm = _Recording(newton._comm, device.log, calls)
+                    new, _ = newton.step(*given)
+                found[direct] = raw(new.host)
+                copies = [event for event in device.log[start:] if event[0] == "copy"]
+                kinds = {kind for _, kind, _ in calls}
+                expect(
+                    comm,
+                    direct and copies and f"{dtype}: {copies}",
+                    not direct and not copies and f"{dtype}: nothing was staged",
+                    kinds - {device.ndarray if direct else np.ndarray} and f"{dtype}, direct={direct}: {kinds}",
+                    direct
+                    and [call for call in calls if call[2] not in (["synchronize"], ["get"])]
+                    and f"{dtype}: work was in flight: {calls}",
+                )
+            expect(comm, found[True] != found[False] and f"{dtype}: the bits differ")
 
 
 def check_nonfinite_arrays_on_a_device(comm):

@@ -14,6 +14,8 @@ from fastnewton.launch import foreign_launcher
 
 pytest.importorskip("mpi4py", exc_type=ImportError)
 
+from fastnewton.mpi import gpu_aware
+
 PROGRAM, SERVED = (Path(__file__).with_name(name) for name in ("mpi_checks.py", "mpi_server_checks.py"))
 CHECKS, OF_SERVER = (
     re.findall(r"^def (check_\w+)", program.read_text(encoding="utf-8"), re.MULTILINE) for program in (PROGRAM, SERVED)
@@ -180,3 +182,57 @@ def test_a_foreign_launcher_is_noticed(run_python, size):
 )
 def test_what_counts_as_a_foreign_launcher(environment, size, noticed):
     assert bool(foreign_launcher(environment, size)) == noticed
+
+
+# -- whether device memory goes to MPI directly -----------------------------------------------------------------
+
+
+class Library:
+    """The functions of an MPI library that say what it can do."""
+
+    def __init__(self, *, query=None, gpu_query=None):
+        if query is not None:
+            self.MPIX_Query_cuda_support = lambda: query
+        if gpu_query is not None:
+            self._found, self._failed = gpu_query
+            self.MPIX_GPU_query_support = self._answer
+
+    def _answer(self, kind, found):
+        assert kind == 0
+        found._obj.value = self._found
+        return self._failed
+
+
+@pytest.mark.parametrize(
+    ("chosen", "library", "kinds", "direct", "why"),
+    [
+        ("1", Library(query=0), "", True, "FASTNEWTON_GPU_MPI=1"),
+        ("0", Library(query=1), "cuda", False, "FASTNEWTON_GPU_MPI=0"),
+        ("", Library(query=1), "", True, "MPIX_Query_cuda_support"),
+        ("", Library(query=0, gpu_query=(1, 0)), "cuda", False, "MPIX_Query_cuda_support"),
+        ("", Library(gpu_query=(1, 0)), "", True, "MPIX_GPU_query_support"),
+        ("", Library(gpu_query=(1, 5)), "cuda", False, "MPIX_GPU_query_support"),
+        ("", Library(), "mpi,system,cuda:device:managed", True, "mpi_memory_alloc_kinds"),
+        ("", Library(), "mpi,system,cudaish", False, "mpi_memory_alloc_kinds"),
+        ("", Library(), "", False, "mpi_memory_alloc_kinds"),
+    ],
+)
+def test_the_environment_then_the_library_say_whether_mpi_takes_device_memory(chosen, library, kinds, direct, why):
+    found, reason = gpu_aware.decided({"FASTNEWTON_GPU_MPI": chosen}, library, lambda: kinds)
+    assert found is direct
+    assert why in reason
+
+
+def test_another_word_for_device_memory_is_refused():
+    with pytest.raises(ValueError, match="FASTNEWTON_GPU_MPI must be 0 or 1; got 'yes'"):
+        gpu_aware.decided({"FASTNEWTON_GPU_MPI": "yes"}, Library(), str)
+
+
+@pytest.mark.parametrize(("chosen", "how"), [("1", "directly"), ("0", "staged"), (None, "staged")])
+def test_the_configuration_says_how_device_memory_travels(run_python, chosen, how):
+    env = {**dict.fromkeys(UNWANTED), "FASTNEWTON_GPU_MPI": chosen}
+    printed = run_python("-c", "from mpi4py import MPI; import fastnewton; fastnewton.show_config()", env=env)
+    (line,) = [line for line in printed.splitlines() if line.startswith("GPU buffers:")]
+    assert how in line
+    assert "for the other way" in line
+    assert "when MPI is initialised" in run_python("-m", "fastnewton", env=env)

@@ -97,7 +97,7 @@ class ndarray:
     def __dlpack_device__(self):
         return (CUDA, self.device.id)
 
-    def __dlpack__(self, *, stream=None, **_options):
+    def __dlpack__(self, *, stream=None):
         log.append(("dlpack", stream))
         return posing(self.host, self.device.id)
 
