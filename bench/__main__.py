@@ -1,6 +1,7 @@
 """The command line: `python -m bench --help`."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import compare, exchange, gpu, peers, plots, problems, quadratic, report, train
+from bench import compare, exchange, gpu, network, peers, plots, problems, quadratic, report, train
 from bench.ceilings import machine, read_ceiling
 
 DESCRIPTION = """\
@@ -31,7 +32,9 @@ n = 20, with more workers than parameters.  About 4 minutes.
 """
 EXCHANGE = """\
 The sharded and the allgather exchange of DistNewton over 2, 4 and 8 MPI ranks on this machine, n from 2^14 to 2^24,
-beside the all-reduce of the gradient: time, bytes sent, memory per rank.  About 5 minutes; with --quick less than 1.
+beside the all-reduce of the gradient: time, bytes sent, memory per rank.  Then a model of latency and bandwidth,
+fitted to every other n and checked on the rest, and what it says of clusters: m to 256, n to 10^11.  About 4
+minutes; with --quick less than 1.
 """
 
 
@@ -89,9 +92,12 @@ def run_exchange(options: argparse.Namespace, console: Console) -> None:
     with _progress(console, len(exchange.RANKS) * len(exchange.lengths(largest))) as (say, advance):
         say("MPI ranks")
         rows = exchange.measure(largest, options.rounds or (5 if options.quick else 15), advance)
-    found = exchange.table(rows)
-    found.print(console)
-    _write(options, console, "exchange", {"exchange": rows}, [found])
+    here = network.measured(rows)
+    picture = report.Picture("The exchanges against n", plots.exchanges(rows, here, options.out))
+    parts = [exchange.table(rows), network.check(here, rows), picture, network.predictions()]
+    for part in parts:
+        part.print(console)
+    _write(options, console, "exchange", {"exchange": rows, "model": dataclasses.asdict(here)}, parts)
 
 
 DEFAULTS = {

@@ -7,12 +7,15 @@ Messages of the tree collectives are counted as 2·log₂m, those of the others 
 """
 
 import math
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import nnls
 
-from bench import roofline
+import fastnewton as fn
+from bench import ceilings, roofline, timing
+from bench.report import Table
 
 KINDS = ("allreduce", "sharded", "allgather")
 ITEMSIZE = 4
@@ -84,15 +87,63 @@ def fitted(rows: list[dict], cores: int, flops: float, cubic: float) -> Network:
     return Network(overhead, latency, *rates, flops, cubic, cores)
 
 
+def measured(rows: list[dict]) -> Network:
+    """This machine: arithmetic and eigenproblem measured by themselves, the rest fitted to every other n."""
+    gemm, m = ceilings.gemm_ceiling("float32"), 128
+    gram = fn.gram(np.random.default_rng(0).standard_normal((m, 2 * m)))
+    found = timing.interleaved({"gemm": gemm, "spectrum": lambda: fn.spectrum(gram)}, rounds=5)
+    chosen = [row for row in rows if is_for_the_fit(row)]
+    cores = ceilings.available_cores()
+    return fitted(chosen, cores, gemm.flops / found["gemm"].median, found["spectrum"].median / m**3)
+
+
 def is_for_the_fit(row: dict) -> bool:
     """Every other n; the rest, the longest among them, is for the check."""
     return (row["n"].bit_length() - 15) % 4 == 0
 
 
 def errors(network: Network, rows: list[dict]) -> dict[str, list[float]]:
-    """predicted/measured − 1 for each kind."""
-    found = {kind: [] for kind in KINDS}
+    """|predicted/measured − 1| of each kind, where the network was not fitted."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for row in rows:
-        for kind, taken in row["seconds"].items():
-            found[kind].append(seconds(network, kind, row["ranks"], row["n"]) / taken - 1)
+        for kind, taken in row["seconds"].items() if not is_for_the_fit(row) else ():
+            found[kind].append(abs(seconds(network, kind, row["ranks"], row["n"]) / taken - 1))
     return found
+
+
+def check(network: Network, rows: list[dict]) -> Table:
+    """How well the model predicts what it was not fitted to."""
+    lines = [
+        (kind, str(len(found)), f"{100 * statistics.median(found):.0f} %", f"{100 * max(found):.0f} %")
+        for kind, found in errors(network, rows).items()
+        if found
+    ]
+    note = (
+        f"Fitted to n = 2^14, 2^18, 2^22: a step's overhead {1e6 * network.overhead:.0f} µs, a message "
+        f"{1e6 * network.latency:.0f} µs, {network.bandwidth / 1e9:.1f} GB/s between ranks and "
+        f"{network.memory / 1e9:.1f} GB/s of memory, both shared by all ranks. Errors are for the other n."
+    )
+    return Table("The model beside measurements", ("", "points", "median error", "largest"), lines, note)
+
+
+def predictions() -> Table:
+    """What the model says of networks and sizes beyond this machine."""
+    lines = [
+        _prediction(name, network, m, n)
+        for name, network in NAMED.items()
+        for n in (10**6, 10**9, 10**11)
+        for m in (16, 256)
+    ]
+    columns = ("network", "m", "n", "all-reduce", "sharded", "ratio", "allgather", "ratio")
+    note = (
+        "float32; by the model, with nominal rates: 30 or 2 µs a message, memory at 200 GB/s, 3 Tflop/s, one rank "
+        "per socket and link. Memory on each rank beside its own θ and g; without out=."
+    )
+    return Table("Predicted steps", (*columns, "memory, sharded", "allgather"), lines, note)
+
+
+def _prediction(name: str, network: Network, m: int, n: int) -> tuple[str, ...]:
+    plain, sharded, allgather = (seconds(network, kind, m, n) for kind in KINDS)
+    memory = [f"{held(kind, m, n) / 1e9:.3g} GB" for kind in ("sharded", "allgather")]
+    times = f"{plain:.3g} s", f"{sharded:.3g} s", f"{sharded / plain:.2f}", f"{allgather:.3g} s"
+    return (name, str(m), f"1e{round(math.log10(n))}", *times, f"{allgather / plain:.2f}", *memory)

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
+from bench import network
 from bench.quadratic import SMALLEST
 
 COLOURS = {
@@ -122,6 +123,35 @@ def quadratic(found: dict, folder: Path) -> str:
         right.set_title(f"measured order {found['order']:.2f}", pad=20)
         right.legend(loc="upper left")
         return _save(figure, folder, "quadratic.png")
+
+
+def exchanges(rows: list[dict], here: network.Network, folder: Path) -> str:
+    """Time against n on this machine, measured and as the model has it, and on a network."""
+    colours = {"allreduce": COLOURS["SGD"], "sharded": COLOURS["DistNewton"], "allgather": COLOURS["NumPy, BLAS"]}
+    names = {"allreduce": "all-reduce of the gradient", "sharded": "sharded", "allgather": "allgather"}
+    far, ranks = "100 Gb/s InfiniBand", 4
+    rows = [row for row in rows if row["ranks"] == ranks]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
+        for kind, colour in colours.items():
+            points = [(row["n"], row["seconds"][kind]) for row in rows if kind in row["seconds"]]
+            left.loglog(*zip(*points, strict=True), "o", color=colour, label=names[kind])
+            n = np.geomspace(points[0][0], points[-1][0], 50)
+            left.loglog(n, [network.seconds(here, kind, ranks, int(k)) for k in n], color=colour, lw=1)
+            n = np.geomspace(1e4, 1e11, 60)
+            for m, style in ((16, "-"), (256, "--")):
+                times = [network.seconds(network.NAMED[far], kind, m, int(k)) for k in n]
+                right.loglog(n, times, style, color=colour, lw=1.5, label=f"{names[kind]}, m = {m}")
+        for axes, title, words in (
+            (left, f"{ranks} ranks on this machine", "points measured, lines the fitted model"),
+            (right, far, "predicted; one rank per socket and link"),
+        ):
+            axes.set(xlabel="n, number of parameters", ylabel="time of one step")
+            axes.set_title(title, pad=20)
+            _in_seconds(axes)
+            _subtitle(axes, words)
+            axes.legend(fontsize=8)
+        return _save(figure, folder, "exchanges.png")
 
 
 def gpu(rows: list[dict], folder: Path) -> str:

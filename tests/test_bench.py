@@ -17,7 +17,21 @@ from fastnewton.kernels import cpu
 from scipy.optimize import check_grad
 
 import fastnewton as fn
-from bench import ceilings, compare, descent, exchange, peers, problems, quadratic, report, roofline, timing, train
+from bench import (
+    ceilings,
+    compare,
+    descent,
+    exchange,
+    network,
+    peers,
+    plots,
+    problems,
+    quadratic,
+    report,
+    roofline,
+    timing,
+    train,
+)
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -312,6 +326,51 @@ def test_the_table_of_exchanges_has_a_row_for_each_measurement(exchanged):
 
 
 # -- the command line ---------------------------------------------------------------------------------------
+
+
+def test_the_model_of_a_network_is_found_again_from_its_own_times():
+    true = network.Network(4e-4, 3e-5, 9e9, 2.5e10, 1e12, 1e-9, cores=2)
+    rows = [
+        {"ranks": m, "n": n, "seconds": {kind: network.seconds(true, kind, m, n) for kind in network.KINDS}}
+        for m in (2, 4, 8)
+        for n in (1 << 14, 1 << 18, 1 << 22)
+    ]
+    found = network.fitted(rows, cores=2, flops=1e12, cubic=1e-9)
+    # The fit leaves out m³ and arithmetic, here 0.1 % of a step at most.
+    for name in ("overhead", "latency", "bandwidth", "memory"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.02)
+    assert all(map(network.is_for_the_fit, rows))
+    assert network.errors(found, rows) == {kind: [] for kind in network.KINDS}
+    between = [dict(row, n=1 << 16) for row in rows[::3]]
+    between = [
+        row | {"seconds": {kind: network.seconds(true, kind, row["ranks"], row["n"]) for kind in network.KINDS}}
+        for row in between
+    ]
+    assert max(max(errors) for errors in network.errors(found, between).values()) < 0.02
+
+
+def test_the_model_counts_what_the_exchanges_count(exchanged):
+    for row in exchanged:
+        for kind, nbytes in row["sent"].items():
+            # Beside the vectors: parts of K, c, and blocks that do not divide evenly.
+            assert network.sent(kind, row["ranks"], row["n"]) == pytest.approx(nbytes, rel=0.1)
+
+
+def test_predictions_tell_of_bytes_and_of_latency():
+    slow, fast = (network.NAMED[name] for name in ("10 Gb/s Ethernet", "400 Gb/s InfiniBand"))
+    plain, sharded, allgather = (network.seconds(slow, kind, 16, 10**11) for kind in network.KINDS)
+    assert sharded / plain == pytest.approx(1.5, abs=0.02)
+    assert allgather / plain == pytest.approx(16, rel=0.01)
+    assert network.seconds(fast, "sharded", 256, 10**4) > 255 * 3 * fast.latency
+    assert network.held("sharded", 256, 10**11) == 3 * 4 * 10**11
+    assert len(network.predictions().rows) == 18
+
+
+def test_what_was_fitted_is_shown(exchanged, tmp_path):
+    here = network.Network(4e-4, 3e-5, 9e9, 2.5e10, 1e12, 1e-9, cores=2)
+    row = exchanged[0] | {"ranks": 4, "n": 1 << 16}
+    assert [line[1] for line in network.check(here, [row]).rows] == ["1", "1", "1"]
+    assert (tmp_path / plots.exchanges([row], here, tmp_path)).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("arguments", [[], ["peers"], ["train"], ["exchange"]])

@@ -14,10 +14,10 @@ EXAMPLES = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_tex
 
 def test_readme_shows_numpy_torch_jax_mpi_and_the_server():
     libraries = [re.search(r"\b(torch|jax|mpi4py|numpy)\b", code)[0] for code, _ in EXAMPLES]
-    assert libraries == ["numpy", "torch", "jax", "mpi4py", "mpi4py"]
+    assert libraries == ["numpy", "torch", "jax", "mpi4py", "mpi4py", "mpi4py"]
 
 
-@pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=["numpy", "torch", "jax", "mpi", "server"])
+@pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=["numpy", "torch", "jax", "allgather", "sharded", "server"])
 def test_readme_example_prints_what_the_readme_says(code, output, tmp_path):
     for library in ("torch", "jax", "mpi4py"):
         if f"import {library}" in code or f"from {library}" in code:
