@@ -11,6 +11,7 @@ import statistics
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.ticker import EngFormatter
 from scipy.optimize import nnls
 
 import fastnewton as fn
@@ -19,6 +20,7 @@ from bench.report import Table
 
 KINDS = ("allreduce", "sharded", "allgather")
 ITEMSIZE = 4
+_TIME, _BYTES = EngFormatter("s", places=1), EngFormatter("B", places=0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def fitted(rows: list[dict], cores: int, flops: float, cubic: float) -> Network:
     """The network whose predictions come nearest, by non-negative least squares on relative errors."""
     unit = {"overhead": 0.0, "latency": 0.0, "bandwidth": math.inf, "memory": math.inf, "flops": math.inf, "cubic": 0.0}
     ones = [Network(**unit | {name: 1.0}, cores=cores) for name in ("overhead", "latency", "bandwidth", "memory")]
-    cases = [(kind, row["ranks"], row["n"], taken) for row in rows for kind, taken in row["seconds"].items()]
+    cases = [(kind, row["ranks"], row["n"], row["seconds"][kind]) for row in rows for kind in _timed(row)]
     design = np.array([[seconds(one, kind, m, n) / taken for one in ones] for kind, m, n, taken in cases])
     overhead, latency, per_byte, per_byte_of_memory = nnls(design, np.ones(len(cases)))[0]
     rates = [1 / slowness if slowness else math.inf for slowness in (per_byte, per_byte_of_memory)]
@@ -106,9 +108,13 @@ def errors(network: Network, rows: list[dict]) -> dict[str, list[float]]:
     """|predicted/measured − 1| of each kind, where the network was not fitted."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for row in rows:
-        for kind, taken in row["seconds"].items() if not is_for_the_fit(row) else ():
-            found[kind].append(abs(seconds(network, kind, row["ranks"], row["n"]) / taken - 1))
+        for kind in _timed(row) if not is_for_the_fit(row) else ():
+            found[kind].append(abs(seconds(network, kind, row["ranks"], row["n"]) / row["seconds"][kind] - 1))
     return found
+
+
+def _timed(row: dict) -> list[str]:
+    return [kind for kind in KINDS if kind in row["seconds"]]
 
 
 def check(network: Network, rows: list[dict]) -> Table:
@@ -134,7 +140,7 @@ def predictions() -> Table:
         for n in (10**6, 10**9, 10**11)
         for m in (16, 256)
     ]
-    columns = ("network", "m", "n", "all-reduce", "sharded", "ratio", "allgather", "ratio")
+    columns = ("network", "m", "n", "all-reduce", "sharded", "ratio", "allgather")
     note = (
         "float32; by the model, with nominal rates: 30 or 2 µs a message, memory at 200 GB/s, 3 Tflop/s, one rank "
         "per socket and link. Memory on each rank beside its own θ and g; without out=."
@@ -144,6 +150,7 @@ def predictions() -> Table:
 
 def _prediction(name: str, network: Network, m: int, n: int) -> tuple[str, ...]:
     plain, sharded, allgather = (seconds(network, kind, m, n) for kind in KINDS)
-    memory = [f"{held(kind, m, n) / 1e9:.3g} GB" for kind in ("sharded", "allgather")]
-    times = f"{plain:.3g} s", f"{sharded:.3g} s", f"{sharded / plain:.2f}", f"{allgather:.3g} s"
-    return (name, str(m), f"1e{round(math.log10(n))}", *times, f"{allgather / plain:.2f}", *memory)
+    times = [_TIME(taken) for taken in (plain, sharded, allgather)]
+    ratio = f"{sharded / plain:.2f}"
+    memory = [_BYTES(held(kind, m, n)) for kind in ("sharded", "allgather")]
+    return (name, str(m), f"1e{round(math.log10(n))}", *times[:2], ratio, times[2], *memory)
