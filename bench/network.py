@@ -20,7 +20,7 @@ from bench.report import Table
 
 KINDS = ("allreduce", "sharded", "allgather")
 ITEMSIZE = 4
-_TIME, _BYTES = EngFormatter("s", places=1), EngFormatter("B", places=0)
+_TIME, _BYTES = EngFormatter("s", places=1), EngFormatter("B", places=1)
 
 
 @dataclass(frozen=True)
