@@ -32,8 +32,8 @@ def table(rows: list[dict]) -> Table:
 CUT = f"{CHUNKS} chunks"
 NOTE = (
     "Medians; float32. Sent: bytes per rank, beside those of a ring all-reduce. Memory: the largest growth of a rank "
-    "over its arrays, in arrays of n, without out=; for short arrays mostly what MPI itself takes. Chunks: the time of a"
-    " sharded exchange and its Gram, each chunk summed while the next is on its way, over that of the whole."
+    "over its arrays, in arrays of n, without out=; for short arrays mostly what MPI itself takes. Chunks: the time "
+    "of a sharded exchange and its Gram, each chunk summed while the next is on its way, over that of the whole."
 )
 
 
