@@ -15,7 +15,6 @@ from fastnewton.eigen import Gram, Spectrum
 from fastnewton.info import GO, HEADER, NOT_CONVERGED, RESULT, StepInfo
 from fastnewton.kernels import cuda
 from fastnewton.kernels.cpu import BLOCK, RawGram, blocks  # noqa: F401  (the same blocks on both sides)
-from fastnewton.kernels.tree import Part
 
 # Memory that kernels may still be reading, where its library does not know of their stream and would use it again.
 _in_use: list[tuple[Any, list[Any]]] = []
@@ -230,23 +229,23 @@ def part_size(m: int, with_thetas: bool) -> int:
 
 
 def parts(grads: Rows, thetas: Rows | None, compute: str, first: int, last: int) -> np.ndarray:
-    """The parts of those places, one after the other."""
+    """The parts of those places (places, size)."""
     if first == last:
-        return np.empty(0)
+        return np.empty((0, part_size(grads.m, thetas is not None)))
     start = first * BLOCK
     own = [rows.part(start, min(last * BLOCK, rows.n) - start) for rows in (grads, thetas) if rows is not None]
     found = _on_host(gram(own[0], None, own[1] if thetas is not None else None, compute, cross=False))
     values = [*found.matrix.ravel(), *found.projection, found.norm2, found.floor**2]
     if thetas is not None:
         values += [*found.theta_matrix.ravel(), *np.zeros(grads.m + 1), found.theta_floor**2]
-    return np.array(values)
+    return np.array([values])
 
 
-def total(found: list[Part], m: int, dtype: str, with_thetas: bool) -> Gram:
+def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, with_thetas: bool) -> Gram:
     """The Gram, from the parts of all processes in order."""
     sums = np.zeros(part_size(m, with_thetas))
-    for part in found:
-        sums += part.values
+    for part in parts:  # one after the other: the order is what makes the bits
+        sums += part
     of_grads = _products(sums[: _size(m)], m)
     norm2, floor2 = of_grads.scalars
     if not with_thetas:

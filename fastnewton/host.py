@@ -71,12 +71,11 @@ def part_size(m: int, with_thetas: bool) -> int:
 
 
 def parts(grads: Rows, thetas: Rows | None, compute: str, first: int, last: int) -> np.ndarray:
-    """The parts of those places, one after the other."""
-    found = cpu.gram_parts(grads, None, thetas, compute=compute, cross=False, first=first, last=last)
-    return np.concatenate([np.empty(0), *(part.values for part in found)])
+    """The parts of those places (places, size)."""
+    return cpu.gram_parts(grads, thetas, compute=compute, first=first, last=last)
 
 
-def total(found: list[tree.Part], m: int, dtype: str, with_thetas: bool) -> Gram:
+def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, with_thetas: bool) -> Gram:
     """The Gram, from the parts of all blocks in order."""
-    raw = cpu.gram_total(found, m, with_z=False, with_thetas=with_thetas, with_cross=False)
-    return eigen.projected(raw, dtype)
+    values = tree.total(places, parts)
+    return eigen.projected(cpu.unpacked(values, m, with_z=False, with_thetas=with_thetas, with_cross=False), dtype)

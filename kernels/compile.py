@@ -7,12 +7,11 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numba
-from fastnewton.kernels import simd
 from numba import types
 
 try:
@@ -23,10 +22,10 @@ except ImportError:  # not a POSIX system
 INT, FLOAT = types.int64, types.float64
 FLOATS = types.Array(types.float64, 1, "C")
 INTS = types.Array(types.int64, 1, "C")
+FLOATS_2D, INTS_2D = types.Array(types.float64, 2, "C"), types.Array(types.int64, 2, "C")
 
-# Numba looks only at the file that holds the function: what it calls from other files must be in the key as well.
-_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-_BUILD = f"{_SOURCES.hexdigest()[:12]}-{simd.VECTOR_BYTES}-{simd.REGISTERS}-{int(simd.HALF_IN_HARDWARE)}"
+# Numba looks only at the file that holds the function; what it calls from other files counts as well.
+_BUILD = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 _in_process = threading.Lock()
 
@@ -53,17 +52,24 @@ def jit(function: Callable) -> Callable:
             numba.config.CACHE_DIR = before
 
 
-def specialised(function: Callable, literals: tuple[str | int, ...], arguments: tuple[types.Type, ...]) -> Callable:
-    """The machine code of `function` for literal leading arguments, the build key and typed further arguments.
+def entry(function: Callable, *arguments: types.Type) -> Callable:
+    """The machine code of `function` for typed arguments, made when it is first called; it checks nothing."""
+    compiled = cache(lambda: _compiled(function, arguments).entry_point)
+    return lambda *given: compiled()(*given)
 
-    It is called with the further arguments only, and checks nothing.
-    """
+
+def kernel(function: Callable, *literals: str | int) -> int:
+    """The address of the machine code of `function(job, *literals)`, for `threads.shared` to call."""
+    found = _compiled(function, (INT, *map(types.literal, literals)))
+    return found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+
+
+def _compiled(function: Callable, signature: tuple[types.Type, ...]) -> Any:
     if numba.config.DISABLE_JIT:
         raise RuntimeError("fastnewton's kernels need Numba's compiler: unset NUMBA_DISABLE_JIT")
-    signature = (*(types.literal(value) for value in (*literals, _BUILD)), *arguments)
     with _in_process, _one_process_at_a_time(function):
         function.compile(signature)
-    return partial(function.get_overload(signature), *literals, _BUILD)
+    return function.overloads[signature]
 
 
 def cache_folder(function: Callable) -> str:
@@ -91,11 +97,11 @@ def _clear_other_build(folder: Path, lock: TextIO) -> None:
     """Delete what another build has left: Numba would use its file names again, and a process killed between
     writing the index and the code would leave an index that points at the old code."""
     lock.seek(0)
-    if lock.read() != _SOURCES.hexdigest():
+    if lock.read() != _BUILD:
         for path in folder.glob("*.nb[ci]"):
             path.unlink(missing_ok=True)
         lock.truncate(0)
-        lock.write(_SOURCES.hexdigest())
+        lock.write(_BUILD)
         lock.flush()
 
 

@@ -9,15 +9,16 @@ disk.  Rows are given as tables of addresses, so that strided arrays and separat
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from fastnewton.kernels import threads, tree
-from fastnewton.kernels.compile import FLOAT, FLOATS, INT, INTS, jit, specialised
+from fastnewton.kernels.compile import FLOAT, FLOATS, FLOATS_2D, INT, INTS, INTS_2D, entry, jit, kernel
 from fastnewton.kernels.simd import ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
+from fastnewton.kernels.threads import add, address, keep
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
@@ -29,8 +30,8 @@ ROW_GAP = 64  # bytes between rows of a centred tile, or they would all fall int
 UNROLLED = 8  # rows beside the first whose combination is one straight line
 GROUP = 4  # rows that are added per round above that: more at one spacing fight for the ways of the caches
 
-THREADED_BYTES = 1 << 22  # waking a thread takes about as long as reading this much
-THREADED_FLOPS = 1 << 24
+THREADED_BYTES = 1 << 17  # waking a thread takes about as long as reading this much
+THREADED_FLOPS = 1 << 19
 STREAMED_BYTES = 1 << 24  # a larger result bypasses the cache, which would read each line before overwriting it
 PARTS_BYTES = 1 << 26  # of the parts of all pieces, which grow with m²
 PIECES_PER_THREAD = 16  # so that a thread that is held up delays the others little
@@ -66,57 +67,58 @@ def layout() -> tuple[int, int, int]:
 
 def gram(grads, z=None, thetas=None, *, compute: str, cross: bool = True) -> RawGram:
     """K, b and the norms over all coordinates; arguments as in `gram_parts`."""
-    parts = gram_parts(grads, z, thetas, compute=compute, cross=cross)
-    with_thetas = thetas is not None
-    return gram_total(parts, grads.m, with_z=z is not None, with_thetas=with_thetas, with_cross=with_thetas and cross)
+    places, parts = _pieces_of_gram(grads, z, thetas, compute, cross, 0, blocks(grads.n))
+    kinds = {"with_z": z is not None, "with_thetas": thetas is not None, "with_cross": thetas is not None and cross}
+    return unpacked(tree.total(places, parts), grads.m, **kinds)
 
 
-def gram_parts(
-    grads, z=None, thetas=None, *, compute: str, cross: bool = True, first: int = 0, last: int | None = None
-):
-    """The parts of blocks first … last−1, as the maximal subtrees of that run.
+def gram_parts(grads, thetas=None, *, compute: str, first: int, last: int) -> np.ndarray:
+    """The parts of blocks first … last−1, as the maximal subtrees of that run; without z and ΘᵀG.
 
-    grads and thetas are Rows of one shape and dtype, z is Rows of one row; compute is "float32" or "float64", the type
-    in which products of gradients are formed.
+    grads and thetas are Rows of one shape and dtype; compute is "float32" or "float64", the type in which products of
+    gradients are formed.
     """
+    places, parts = _pieces_of_gram(grads, None, thetas, compute, False, first, last)
+    return tree.merged(places, parts, first, last, blocks(grads.n))
+
+
+def _pieces_of_gram(grads, z, thetas, compute: str, cross: bool, first: int, last: int):
     m = grads.m
-    last = blocks(grads.n) if last is None else last
     with_z, with_thetas = z is not None, thetas is not None
-    exactly = m if m <= STRAIGHT else 0
     table = np.concatenate([grads.table, z.table]) if with_z else grads.table
-    passes = [(_gram_kernel(exactly, grads.dtype, compute, with_z), table, _gram_size(m, with_z))]
+    passes = [(_gram_kernel(m, grads.dtype, compute, with_z), table, _gram_size(m, with_z))]
     if with_thetas:
-        passes.append((_gram_kernel(exactly, grads.dtype, "float64", False), thetas.table, _gram_size(m, False)))
+        passes.append((_gram_kernel(m, grads.dtype, "float64", False), thetas.table, _gram_size(m, False)))
     if with_thetas and cross:
         both = np.concatenate([thetas.table, grads.table])
         passes.append((_gram_kernel_of("cross", grads.dtype), both, _cross_size(m)))
-    return _over_blocks(passes, (grads, z, thetas), first, last)
+    return _over_blocks(passes, m, grads.n, grads.itemsize, first, last)
 
 
-def _over_blocks(passes, held, first: int, last: int):
-    """The parts of blocks first … last−1; a pass is a kernel, its table of rows, and the numbers in its parts."""
-    rows = held[0]
-    level = max(_piece_level(rows, last - first), _level_that_fits(sum(size for *_, size in passes), last - first))
-    pieces = tree.subtrees(first, last, blocks(rows.n), level)
-    places = np.array(pieces, np.int64).reshape(-1, 2)
-    sums = [np.empty((len(pieces), size)) for *_, size in passes]
-    taken = np.zeros((len(passes), 1), np.int64)
-
-    def work(_held=held) -> None:  # a thread may outlast an interrupted caller for a moment
-        for (kernel, table, _), result, counter in zip(passes, sums, taken, strict=True):
-            kernel(rows.m, table, rows.n, rows.itemsize, places, last, counter, result)
-
-    if pieces:
-        threads.on_threads(work, len(pieces))
-    values = sums[0] if len(sums) == 1 else np.hstack(sums)
-    parts = [tree.Part(*where, row) for where, row in zip(pieces, values, strict=True)]
-    return parts if len(parts) == 1 else tree.merged(parts, first, last, blocks(rows.n))
+def _over_blocks(passes, m: int, n: int, itemsize: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places and parts of the pieces of work; a pass is a kernel, its table of rows, and the numbers in its parts."""
+    helpers = threads.helpers_for(m * n * itemsize >= THREADED_BYTES or m * m * n >= THREADED_FLOPS)
+    places = _pieces(first, last, blocks(n), helpers, sum(size for *_, size in passes))
+    words = threads.team.words
+    sums = [np.empty((len(places), size)) for *_, size in passes]
+    for (code, table, _), result in zip(passes, sums, strict=True):
+        if not _run_gram(words, helpers, code, m, table, n, places, last, result):
+            raise MemoryError("no memory for the scratch of a kernel")
+    return places, sums[0] if len(sums) == 1 else np.hstack(sums)
 
 
-def gram_total(parts, m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> RawGram:
-    """K, b and the norms, from parts that cover all blocks in order."""
-    kinds = {"with_z": with_z, "with_thetas": with_thetas, "with_cross": with_cross}
-    values = tree.total(parts) if parts else np.zeros(part_size(m, **kinds))
+@lru_cache(maxsize=256)
+def _pieces(first: int, last: int, count: int, helpers: int, numbers: int) -> np.ndarray:
+    """Pieces of work, as subtrees of the tree over all blocks: one of them for one thread, several for each of more."""
+    level = (last - first).bit_length()
+    if helpers:
+        level = max(0, ((last - first) // (PIECES_PER_THREAD * (helpers + 1))).bit_length() - 1)
+    pieces = tree.subtrees(first, last, count, max(level, _level_that_fits(numbers, last - first)))
+    return np.array(pieces, np.int64).reshape(-1, 2)
+
+
+def unpacked(values: np.ndarray, m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> RawGram:
+    """K, b and the norms, from the part of all blocks."""
     size = _gram_size(m, with_z)
     raw = RawGram(m, _unpacked(values[:size], m, with_z))
     if not with_thetas:
@@ -133,22 +135,13 @@ def row_products(grads, row, reference) -> tuple[np.ndarray, float]:
     """
     table = np.concatenate([grads.table, row.table, reference.table])
     passes = [(_gram_kernel_of("row", grads.dtype), table, grads.m + 1)]
-    parts = _over_blocks(passes, (grads, row, reference), 0, blocks(grads.n))
-    values = tree.total(parts) if parts else np.zeros(grads.m + 1)
+    values = tree.total(*_over_blocks(passes, grads.m, grads.n, grads.itemsize, 0, blocks(grads.n)))
     return values[:-1], float(values[-1])
 
 
 def part_size(m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> int:
     """Numbers in one part."""
     return _gram_size(m, with_z) + with_thetas * _gram_size(m, False) + with_cross * _cross_size(m)
-
-
-def _piece_level(grads, count: int) -> int:
-    """log₂ of the blocks in one piece of work: all of them where waking threads would not pay."""
-    small = grads.nbytes < THREADED_BYTES and grads.m**2 * grads.n < THREADED_FLOPS
-    if small or threads.thread_count() == 1:
-        return count.bit_length()
-    return max(0, (count // (PIECES_PER_THREAD * threads.thread_count())).bit_length() - 1)
 
 
 def _level_that_fits(numbers: int, count: int) -> int:
@@ -215,33 +208,55 @@ def _from_square(values: np.ndarray, rows: int) -> np.ndarray:
 
 
 @cache
-def _gram_kernel(m: int, storage: str, compute: str, with_z: bool):
-    """Compiled for exactly m rows; m = 0 stands for any number of them."""
-    kind = "straight" if m else "tiled"
-    count = types.literal(m) if m else INT
-    return specialised(_gram_run, (kind, storage, compute, int(with_z)), (count, *_GRAM_ARGUMENTS))
+def _gram_kernel(m: int, storage: str, compute: str, with_z: bool) -> int:
+    """Compiled for exactly m rows up to STRAIGHT, for any number of them above."""
+    if m <= STRAIGHT:
+        return kernel(_gram_run, "straight", m, storage, compute, int(with_z))
+    return _tiled_kernel(storage, compute, with_z)
 
 
 @cache
-def _gram_kernel_of(kind: str, storage: str):
+def _tiled_kernel(storage: str, compute: str, with_z: bool) -> int:
+    return kernel(_gram_run, "tiled", 0, storage, compute, int(with_z))
+
+
+@cache
+def _gram_kernel_of(kind: str, storage: str) -> int:
     """Compiled for any number of rows: the "cross" products of two stacks, or those of one "row" with the others."""
-    return specialised(_gram_run, (kind, storage, "float64", 0), (INT, *_GRAM_ARGUMENTS))
-
-
-_GRAM_ARGUMENTS = (INTS, INT, INT, types.Array(INT, 2, "C"), INT, INTS, types.Array(FLOAT, 2, "C"))
+    return kernel(_gram_run, kind, 0, storage, "float64", 0)
 
 
 @jit
-def _gram_run(kind, storage, compute, with_z, build, m, table, n, itemsize, pieces, last, taken, sums):
+def _gram_on_threads(team, helpers, code, m, table, n, places, last, sums):
+    """Run a gram kernel over the pieces; false if it failed."""
+    taken = np.zeros(1, np.int64)
+    job = np.empty(10, np.int64)
+    job[0], job[1], job[2], job[3], job[4] = m, address(table), table.size, n, last
+    job[5], job[6], job[7] = address(places), len(places), address(taken)
+    job[8], job[9] = address(sums), sums.shape[1]
+    done = threads.shared(team, code, helpers, job)
+    keep(taken)
+    return done
+
+
+_run_gram = entry(_gram_on_threads, INTS, INT, INT, INT, INTS, INT, INTS_2D, INT, FLOATS_2D)
+
+
+@jit
+def _gram_run(job, kind, exactly, storage, compute, with_z):
     """The sums over those pieces, (start, level) of subtrees, that no other thread has taken.
 
     The blocks' parts are added in a binary counter, whose digits are complete subtrees.
     """
-    work = np.zeros(_work_bytes(compute, table.size + m), np.uint8)
-    scratch = (_address(work) + 63) & ~63
+    words = carray(_at(job), (10,), np.int64)
+    m, rows, n, last, itemsize = words[0], words[2], words[3], words[4], _itemsize(storage)
+    table, pieces = carray(_at(words[1]), (rows,), np.int64), carray(_at(words[5]), (words[6], 2), np.int64)
+    sums = carray(_at(words[8]), (words[6], words[9]), np.float64)
+    work = _work(kind, compute, rows + m)
+    scratch = (address(work) + 63) & ~63
     stack = np.empty((_digits(last) + 1, sums.shape[1]))
     padded = np.empty(0, np.uint8)
-    index = _take(_address(taken))
+    index = add(words[7], 1)
     while index < len(pieces):
         first, level = pieces[index]
         height = 0
@@ -249,47 +264,36 @@ def _gram_run(kind, storage, compute, with_z, build, m, table, n, itemsize, piec
             here, offset, length = table, block * BLOCK, n - block * BLOCK
             if length < BLOCK:
                 strips = (length + STRIP - 1) // STRIP
-                here, padded = np.empty_like(table), np.zeros(table.size * strips * STRIP * itemsize, np.uint8)
+                here, padded = np.empty_like(table), np.zeros(rows * strips * STRIP * itemsize, np.uint8)
                 _copy_rows(table, here, offset * itemsize, length * itemsize, strips * STRIP * itemsize, padded)
                 offset, length = 0, strips * STRIP
             strips = min(length, BLOCK) // STRIP
-            sums_ = _address(stack[height])
-            _gram_block(kind, m, storage, compute, with_z, _address(here), offset, strips, scratch, sums_)
-            _keep(here)
-            _keep(padded)
+            sums_ = address(stack[height])
+            _gram_block(kind, exactly, storage, compute, with_z, m, address(here), offset, strips, scratch, sums_)
+            keep(here)
+            keep(padded)
             height += 1
             digit = block - first
             while digit & 1:
                 height -= 1
-                _add_to(stack[height - 1], stack[height])
+                tree.add_to(stack[height - 1], stack[height])
                 digit >>= 1
         while height > 1:
             height -= 1
-            _add_to(stack[height - 1], stack[height])
+            tree.add_to(stack[height - 1], stack[height])
         sums[index] = stack[0]
-        index = _take(_address(taken))
-    _keep(work)
+        index = add(words[7], 1)
+    keep(work)
 
 
 @intrinsic
-def _take(typingctx, counter):
-    """The number at an address, which is one larger afterwards: no two threads get the same."""
+def _at(typingctx, where):
+    """An address as `carray` takes it."""
 
     def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
 
-    return INT(counter), codegen
-
-
-@jit
-def _address(array):
-    return np.int64(array.ctypes.data)
-
-
-@jit
-def _keep(array):
-    """Numba frees an array after its last use, and the use of its address does not count."""
+    return types.voidptr(INT), codegen
 
 
 @jit
@@ -302,16 +306,10 @@ def _digits(number):
 
 
 @jit
-def _add_to(left, right):
-    for k in range(left.size):
-        left[k] += right[k]
-
-
-@jit
 def _copy_rows(source, target, offset, length, stride, buffer):
     """Copy `length` bytes at `offset` of every row into zeroed memory, rows `stride` apart."""
     for k in range(source.size):
-        target[k] = _address(buffer) + k * stride
+        target[k] = address(buffer) + k * stride
         _copy(target[k], source[k] + offset, length)
 
 
@@ -325,31 +323,43 @@ def _copy(typingctx, target, source, length):
     return types.void(INT, INT, INT), codegen
 
 
-def _work_bytes(compute, rows):
-    """Scratch of one block; only ever called from compiled code."""
+def _itemsize(storage):
+    """Bytes of a stored value; this and the next are only ever called from compiled code."""
 
 
-@overload(_work_bytes, prefer_literal=True)
-def _work_bytes_compiled(compute, rows):
+@overload(_itemsize, prefer_literal=True)
+def _itemsize_compiled(storage):
+    size = ITEMSIZE[storage.literal_value]
+    return lambda storage: size
+
+
+def _work(kind, compute, rows):
+    """Scratch of one block; rows of a tile beyond those centred into it are read, and must not be NaN by chance."""
+
+
+@overload(_work, prefer_literal=True)
+def _work_compiled(kind, compute, rows):
     row = _row_bytes(compute.literal_value)
-    straight = (STRAIGHT + 2) * STRIP * 8 + (len(_pairs(STRAIGHT, True)) + 1) * VECTOR_BYTES
-    return lambda compute, rows: 64 + straight + (rows + 2 * TILE) * row
+    straight = 64 + (STRAIGHT + 2) * STRIP * 8 + (len(_pairs(STRAIGHT, True)) + 1) * VECTOR_BYTES
+    if kind.literal_value == "straight":
+        return lambda kind, compute, rows: np.empty(straight, np.uint8)
+    return lambda kind, compute, rows: np.zeros(64 + (rows + 2 * TILE) * row, np.uint8)
 
 
 def _row_bytes(compute: str) -> int:
     return BLOCK * ITEMSIZE[compute] + ROW_GAP
 
 
-def _gram_block(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+def _gram_block(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
     """The products of one block, written to `sums`; only ever called from compiled code."""
 
 
 @overload(_gram_block, prefer_literal=True)
-def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
     if kind.literal_value == "straight":
 
-        def block(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
-            _straight_block(m, storage, compute, with_z, table, offset, strips, scratch, sums)
+        def block(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
+            _straight_block(exactly, storage, compute, with_z, table, offset, strips, scratch, sums)
 
         return block
 
@@ -360,7 +370,7 @@ def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strip
     )
     extra = 1 + with_z.literal_value
 
-    def tiled(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+    def tiled(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
         steps = strips * (STRIP // width)
         _centre(storage, compute, m, table, offset, steps, scratch, extra - 1)
         side, done = (m + extra + TILE - 1) // TILE, 0
@@ -373,7 +383,7 @@ def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strip
                 _tile(storage, compute, left, right, steps, ahead, also, sums + done * TILE * TILE * 8)
                 done += 1
 
-    def cross(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+    def cross(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
         steps, side = strips * (STRIP // width), (m + TILE - 1) // TILE
         thetas, grads = scratch, scratch + (m + TILE) * row
         _centre(storage, compute, m, table, offset, steps, thetas, 0)
@@ -384,7 +394,7 @@ def _gram_block_compiled(kind, m, storage, compute, with_z, table, offset, strip
                 _tile(storage, compute, left, right, steps, left, left, sums)
                 sums += TILE * TILE * 8
 
-    def of_row(kind, m, storage, compute, with_z, table, offset, strips, scratch, sums):
+    def of_row(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
         steps = strips * (STRIP // width)
         difference, reference = scratch, scratch + row
         _subtract_reference(storage, compute, m, table, offset, steps, difference, reference, sums)
@@ -627,49 +637,64 @@ def _row_address(typingctx, table, k):
 
 def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out, compute: str) -> bool:
     """Write the combination to `out` (Rows of one row); False if any value written is not finite."""
-    m, n = thetas.m, thetas.n
-    table = np.concatenate([thetas.table, grads.table] if z is None else [thetas.table, grads.table, z.table])
-    others = m - 1 if m - 1 <= UNROLLED else -1
-    kernel = _combine_kernel(others, thetas.dtype, compute, "mean" if z is None else "z")
-    address = int(out.table[0])
-    streamed = n * thetas.itemsize >= STREAMED_BYTES
-    # Stores that bypass the cache must be aligned: blocks then begin on cache lines, the first one before the array.
-    early = address // thetas.itemsize % (64 // thetas.itemsize) if streamed else 0
-    count = blocks(n + early)
-    pieces = _combine_pieces(thetas, count)
-    taken = np.zeros(1, np.int64)
-
-    def work(_held=(thetas, grads, z, out)) -> int:
-        return kernel(others, m, table, coefficients, tau, beta, address, n, early, count, pieces, taken, streamed)
-
-    return all(threads.on_threads(work, pieces))
+    m, n, itemsize = thetas.m, thetas.n, thetas.itemsize
+    code = _combine_kernel(m - 1 if m - 1 <= UNROLLED else -1, thetas.dtype, compute, "mean" if z is None else "z")
+    helpers = threads.helpers_for(2 * m * n * itemsize >= THREADED_BYTES)
+    last = NO_ROW if z is None else z.table
+    given = thetas.table, grads.table, last, coefficients, tau, beta, out.table
+    verdict = _run_combine(threads.team.words, helpers, code, *given, n, itemsize)
+    if verdict < 0:
+        raise MemoryError("no memory for the scratch of a kernel")
+    return verdict == 1
 
 
-def _combine_pieces(thetas, count: int) -> int:
-    if 2 * thetas.nbytes < THREADED_BYTES or threads.thread_count() == 1:
-        return 1
-    return min(count, PIECES_PER_THREAD * threads.thread_count())
+NO_ROW = np.empty(0, np.int64)
 
 
 @cache
-def _combine_kernel(others: int, storage: str, compute: str, base: str):
+def _combine_kernel(others: int, storage: str, compute: str, base: str) -> int:
     """Compiled for exactly `others` rows beside the first; −1 stands for any number of them."""
-    count = types.literal(others) if others >= 0 else INT
-    arguments = (count, INT, INTS, FLOATS, FLOAT, FLOAT, INT, INT, INT, INT, INT, INTS, INT)
-    return specialised(_combine_run, (storage, compute, base, ITEMSIZE[storage]), arguments)
+    return kernel(_combine_run, storage, compute, base, others)
 
 
 @jit
-def _combine_run(
-    storage, compute, base, size, build, others, m, table, c, tau, beta, out, n, early, count, pieces, taken, streamed
-):
-    """Those pieces of the blocks that no other thread has taken, the last first; 1 if all of them are finite."""
+def _combine_on_threads(team, helpers, code, thetas, grads, last, c, tau, beta, out, n, itemsize):
+    """Run a combine kernel over all blocks: 1 if all values are finite, 0 if not, −1 if it failed."""
+    m = thetas.size
+    table = np.empty(2 * m + last.size, np.int64)
+    table[:m], table[m : 2 * m], table[2 * m :] = thetas, grads, last
+    weights = _weights(last.size == 0, c, tau, beta)
+    state = np.zeros(2, np.int64)  # pieces taken, whether a value is not finite
+    streamed = n * itemsize >= STREAMED_BYTES
+    # Stores that bypass the cache must be aligned: blocks then begin on cache lines, the first one before the array.
+    early = out[0] // itemsize % (64 // itemsize) if streamed else 0
+    count = (n + early + BLOCK - 1) // BLOCK
+    pieces = min(count, PIECES_PER_THREAD * (helpers + 1)) if helpers else min(count, 1)
+    job = np.empty(11, np.int64)
+    job[0], job[1], job[2], job[3], job[4] = m, address(table), table.size, address(weights), out[0]
+    job[5], job[6], job[7], job[8], job[9], job[10] = n, early, count, pieces, address(state), streamed
+    done = threads.shared(team, code, helpers, job)
+    keep(table)
+    keep(weights)
+    return (1 if state[1] == 0 else 0) if done else -1
+
+
+_run_combine = entry(
+    _combine_on_threads, INTS, INT, INT, INTS, INTS, INTS, FLOATS, FLOAT, FLOAT, INTS, INT, INT
+)
+
+
+@jit
+def _combine_run(job, storage, compute, base, others):
+    """Those pieces of the blocks that no other thread has taken, the last first."""
+    words, size = carray(_at(job), (11,), np.int64), _itemsize(storage)
+    m, rows, factors, out, n = words[0], words[1], words[3], words[4], words[5]
+    early, count, pieces, state, streamed = words[6], words[7], words[8], words[9], words[10]
+    table = carray(_at(rows), (words[2],), np.int64)
     work = np.empty(BLOCK * 8 + 64, np.uint8)
-    scratch = (_address(work) + 63) & ~63
-    weights = _weights(base, c, tau, beta)
-    factors, rows = _address(weights), _address(table)
+    scratch = (address(work) + 63) & ~63
     finite = 1
-    index = _take(_address(taken))
+    index = add(state, 1)
     while index < pieces:
         for block in range(count - index * count // pieces - 1, count - (index + 1) * count // pieces - 1, -1):
             offset = max(0, block * BLOCK - early)
@@ -679,13 +704,13 @@ def _combine_run(
                 stride = (length * size + 63) & ~63
                 here, padded = np.empty_like(table), np.zeros((table.size + 1) * stride, np.uint8)
                 _copy_rows(table, here, offset * size, length * size, stride, padded)
-                rounded = _address(padded) + table.size * stride
+                rounded = address(padded) + table.size * stride
                 finite &= _combine_block(
-                    others, storage, compute, base, "out", m, _address(here), factors, 0, length, rounded, scratch
+                    others, storage, compute, base, "out", m, address(here), factors, 0, length, rounded, scratch
                 )
                 _copy(target, rounded, length * size)
-                _keep(here)
-                _keep(padded)
+                keep(here)
+                keep(padded)
             elif streamed:
                 finite &= _combine_block(
                     others, storage, compute, base, "stream", m, rows, factors, offset, BLOCK, target, scratch
@@ -694,20 +719,20 @@ def _combine_run(
                 finite &= _combine_block(
                     others, storage, compute, base, "out", m, rows, factors, offset, BLOCK, target, scratch
                 )
-        index = _take(_address(taken))
-    _keep(work)
-    _keep(weights)
-    return finite
+        index = add(state, 1)
+    if finite == 0:
+        add(state + 8, 1)
+    keep(work)
 
 
 @jit
-def _weights(base, c, tau, beta):
+def _weights(of_mean, c, tau, beta):
     """p, q and the factor of g_0, after c has been made to sum to zero."""
     m = c.size
     mean = c.sum() / m
     weights = np.empty(2 * m + 1)
     for k in range(m):
-        if base == "mean":
+        if of_mean:
             weights[k] = 1 / m - tau * (c[k] - mean)
             weights[m + k] = beta * (c[k] - mean - 1 / m)
         else:
@@ -741,7 +766,7 @@ def _combine_block_compiled(others, storage, compute, base, target, m, table, we
             k += 1
         return _store_rounded(storage, compute, target, scratch, steps, out)
 
-    return straight if isinstance(others, types.IntegerLiteral) else grouped
+    return straight if others.literal_value >= 0 else grouped
 
 
 @intrinsic(prefer_literal=True)

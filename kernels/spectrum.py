@@ -1,10 +1,9 @@
 """The m × m part of a step, compiled: as NumPy calls it takes longer than short passes."""
 
 import math
-from functools import cache
 
 import numpy as np
-from fastnewton.kernels.compile import FLOAT, INT, jit, specialised
+from fastnewton.kernels.compile import FLOAT, INT, entry, jit
 from numba import types
 
 COMPILED_LIMIT = 32  # workers; up to here the method below takes less time than LAPACK and NumPy's way there
@@ -18,23 +17,22 @@ def projected(products: np.ndarray, m: int, eps: float):
 
     A symmetric K stays exactly symmetric.
     """
-    return _compiled(_projected, _MATRIX, INT, FLOAT)(products, m, eps)
+    return _project(products, m, eps)
 
 
 def centred(matrix: np.ndarray) -> np.ndarray:
     """CMC."""
-    return _compiled(_centred, _MATRIX, INT)(matrix, len(matrix))
+    return _centre(matrix, len(matrix))
 
 
 def is_finite(matrix: np.ndarray) -> bool:
     """Whether there is neither NaN nor infinity in it."""
-    return _compiled(_is_finite, _MATRIX)(matrix)
+    return _all_finite(matrix)
 
 
 def spectrum(matrix, projection, norm2: float, cutoff: float, floor: float, largest_rank: int):
     """Eigenpairs of a finite K of up to COMPILED_LIMIT workers, and what `coefficients` makes of them."""
-    kernel = _compiled(_spectrum, _MATRIX, _VECTOR, FLOAT, FLOAT, FLOAT, INT)
-    return kernel(matrix, projection, norm2, cutoff, floor, largest_rank)
+    return _solve(matrix, projection, norm2, cutoff, floor, largest_rank)
 
 
 def coefficients(squares, rows, projection, norm2: float, cutoff: float, floor: float, largest_rank: int):
@@ -43,28 +41,22 @@ def coefficients(squares, rows, projection, norm2: float, cutoff: float, floor: 
     c = V_j diag(σ_j⁻²) V_jᵀ b with j = #{k ≤ m−1 : σ_k ≥ max(λσ_1, floor, √(m·2⁻⁵²)·σ_1), σ_k > 0}, at most
     largest_rank.  Flops: 4jm.
     """
-    kernel = _compiled(_coefficients, _VECTOR, _MATRIX, _VECTOR, FLOAT, FLOAT, FLOAT, INT)
-    return kernel(squares, rows, projection, norm2, cutoff, floor, largest_rank)
-
-
-@cache
-def _compiled(function, *arguments):
-    return specialised(function, (), arguments)
+    return _finish(squares, rows, projection, norm2, cutoff, floor, largest_rank)
 
 
 @jit
-def _projected(build, products, m, eps):
+def _projected(products, m, eps):
     last, projection, mean = products.shape[0] - 1, np.zeros(m), 0.0
     for i in range(m):
         mean += products[i, last] / m
     for i in range(m):
         projection[i] = products[i, last] - mean
     floor = 2 * eps * math.sqrt(products[m, m])
-    return _centred(build, products, m), projection, products[last, last], floor
+    return _centred(products, m), projection, products[last, last], floor
 
 
 @jit
-def _centred(build, matrix, m):
+def _centred(matrix, m):
     rows, columns = np.zeros(m), np.zeros(m)
     for i in range(m):
         for j in range(m):
@@ -81,7 +73,7 @@ def _centred(build, matrix, m):
 
 
 @jit
-def _is_finite(build, matrix):
+def _is_finite(matrix):
     for i in range(matrix.shape[0]):
         for j in range(matrix.shape[1]):
             if not math.isfinite(matrix[i, j]):
@@ -90,9 +82,9 @@ def _is_finite(build, matrix):
 
 
 @jit
-def _spectrum(build, matrix, projection, norm2, cutoff, floor, largest_rank):
+def _spectrum(matrix, projection, norm2, cutoff, floor, largest_rank):
     squares, rows = _eigh(matrix)
-    return _coefficients(build, squares, rows, projection, norm2, cutoff, floor, largest_rank)
+    return _coefficients(squares, rows, projection, norm2, cutoff, floor, largest_rank)
 
 
 @jit
@@ -205,7 +197,7 @@ def _ql_step(diagonal, beside, rows, first, last):
 
 
 @jit
-def _coefficients(build, squares, rows, projection, norm2, cutoff, floor, largest_rank):
+def _coefficients(squares, rows, projection, norm2, cutoff, floor, largest_rank):
     m = squares.size
     sigma, descending, taken = np.zeros(m), np.zeros((m, m)), np.zeros(m)
     for k in range(m):
@@ -237,3 +229,10 @@ def _coefficients(build, squares, rows, projection, norm2, cutoff, floor, larges
         c[i] -= mean
     captured = min(1.0, along2 / norm2) if norm2 != 0 else 0.0
     return sigma, descending, rank, c, captured
+
+
+_project = entry(_projected, _MATRIX, INT, FLOAT)
+_centre = entry(_centred, _MATRIX, INT)
+_all_finite = entry(_is_finite, _MATRIX)
+_solve = entry(_spectrum, _MATRIX, _VECTOR, FLOAT, FLOAT, FLOAT, INT)
+_finish = entry(_coefficients, _VECTOR, _MATRIX, _VECTOR, FLOAT, FLOAT, FLOAT, INT)

@@ -1,20 +1,33 @@
 """A few threads that share out the pieces of one pass.
 
-The kernels release the GIL, so Python's own threads are enough: no OpenMP library, no threading layer to choose.
-Several callers share one pool, and forked children start with a fresh one.
+Helpers are Python threads that wait inside compiled code, without the GIL: handing them a pass takes about a
+microsecond while they still look out for one, and they sleep when none has come for a while.  A kernel finds its share
+of the work by itself, so that helpers may come late, or never where nothing is left to do, and a caller that finds
+them busy with another pass goes on alone.  Forked children start with helpers of their own.
 """
 
+import atexit
 import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+import threading
+from collections.abc import Iterator
 
-T = TypeVar("T")
+import numpy as np
+from fastnewton.kernels.compile import INT, INTS, entry, jit
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# The words that all threads watch, each on cache lines of its own: whether a caller has the helpers; the number of a
+# pass, odd while it is open; helpers inside it; the pass itself, which is its kernel, how many helpers it takes, how
+# many have come, whether one failed, and the kernel's own words.
+_BUSY, _NUMBER, _ACTIVE, _PASS, _WORDS = 0, 16, 32, 48, 80
+_KERNEL, _WANTED, _COME, _FAILED, _JOB = range(_PASS, _PASS + 5)
+_LOOKS = 1 << 20  # at the number before a helper sleeps, some 50 µs; as often a caller looks before it yields its core
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("fastnewton_thread_limit", default=None)
-_pool: ThreadPoolExecutor | None = None
 
 
 def available_cores() -> int:
@@ -48,50 +61,182 @@ def set_thread_limit(threads: int) -> Iterator[None]:
         _limit.reset(token)
 
 
-def on_threads(task: Callable[[], T], most: int) -> list[T]:
-    """Call task() on thread_count() threads, at most `most`, the calling one among them; what they returned.
+class Team:
+    """The helpers of this process."""
 
-    The task finds its share of the work by itself: threads may start late, or never where nothing is left to do.
-    """
-    if most == 1:
-        return [task()]
-    helpers: list[Future] = []
-    try:
-        _start(task, min(thread_count(), most) - 1, helpers)
-        return [task(), *(helper.result() for helper in helpers if not helper.cancel())]
-    finally:
-        _outlast(helpers)
+    def __init__(self) -> None:
+        self.words = np.zeros(_WORDS, np.int64)
+        self._lock = threading.Lock()
+        self._helpers: list[_Helper] = []
+        self._dismissed = False
 
+    def gather(self, count: int) -> int:
+        """Wake so many helpers, started where there are too few; how many there are."""
+        with self._lock:
+            while len(self._helpers) < count and not self._dismissed:
+                try:
+                    self._helpers.append(_Helper(self.words))
+                except RuntimeError:  # the interpreter has no more threads
+                    break
+            for helper in self._helpers[:count]:
+                helper.wake()
+            return min(count, len(self._helpers))
 
-def _start(task: Callable[[], T], count: int, helpers: list[Future]) -> None:
-    with contextlib.suppress(RuntimeError):  # the interpreter is shutting down, or has no more threads
-        for _ in range(count):
-            helpers.append(_executor().submit(task))
-
-
-def _outlast(helpers: list[Future]) -> None:
-    """Return when none of them runs any more, whatever interrupts: they write to the caller's memory."""
-    interrupt = None
-    while running := [helper for helper in helpers if not helper.cancel() and not helper.done()]:
-        try:
-            wait(running)
-        except BaseException as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+    def dismiss(self) -> None:
+        """End all helpers, before the interpreter does."""
+        with self._lock:
+            self._dismissed = True
+            for helper in self._helpers:
+                helper.end()
+            self._helpers = []
 
 
-def _executor() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(max(available_cores(), chosen_threads() or 1), "fastnewton")
-    return _pool
+class _Helper:
+    def __init__(self, words: np.ndarray):
+        self._words, self._asleep, self._ended = words, False, False
+        self._call = threading.Lock()
+        self._call.acquire()
+        self._help = entry(_help, INTS, INT)
+        self._thread = threading.Thread(target=self._serve, name="fastnewton", daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        seen = 0
+        while not self._ended:
+            seen = self._help(self._words, seen)
+            self._asleep = True
+            self._call.acquire()
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._asleep = False
+            self._call.release()
+
+    def end(self) -> None:
+        self._ended = True
+        self.wake()
+        self._thread.join(timeout=1)
 
 
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
+def helpers_for(large: bool) -> int:
+    """How many helpers there are for a pass, none for one that is over before they have come."""
+    count = thread_count() - 1 if large else 0
+    return team.gather(count) if count > 0 else 0
+
+
+team = Team()
+atexit.register(lambda: team.dismiss())
+
+
+def _fresh_team() -> None:
+    global team
+    team = Team()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_fresh_team)
+
+
+# -- compiled -----------------------------------------------------------------------------------------------
+
+
+@jit
+def shared(words, kernel, helpers, job):
+    """Run the kernel on the words of a job, in this thread and in helpers; true if none has failed."""
+    if helpers == 0 or exchange(address(words), 1) == 1:
+        return call(kernel, address(job)) == 0
+    words[_KERNEL], words[_WANTED], words[_COME], words[_FAILED] = kernel, helpers, 0, 0
+    for k in range(job.size):
+        words[_JOB + k] = job[k]
+    add(address(words) + 8 * _NUMBER, 1)
+    failed = call(kernel, address(words) + 8 * _JOB)
+    add(address(words) + 8 * _NUMBER, 1)
+    looks = 0
+    while read(address(words) + 8 * _ACTIVE) > 0:
+        looks += 1
+        if looks > _LOOKS:
+            _yield_core()
+    failed += words[_FAILED]
+    exchange(address(words), 0)
+    return failed == 0
+
+
+@jit
+def _help(words, seen):
+    """Take part in passes until none has come for a while; the number of the last one."""
+    number, active = address(words) + 8 * _NUMBER, address(words) + 8 * _ACTIVE
+    looks = 0
+    while looks < _LOOKS:
+        looks += 1
+        now = read(number)
+        if now & 1 == 0 or now == seen:
+            continue
+        # A caller that closes the pass after this waits, and one that has closed it before is seen to have.
+        add(active, 1)
+        if read(number) == now and add(address(words) + 8 * _COME, 1) < words[_WANTED]:
+            if call(words[_KERNEL], address(words) + 8 * _JOB) != 0:
+                words[_FAILED] = 1
+            looks = 0
+        add(active, -1)
+        seen = now
+    return seen
+
+
+_yield_core = types.ExternalFunction("sched_yield", types.intc())
+
+
+@jit
+def address(array):
+    return np.int64(array.ctypes.data)
+
+
+@jit
+def keep(array):
+    """Numba frees an array after its last use, and the use of its address does not count."""
+
+
+def _pointer(builder, where, pointee=None):
+    return builder.inttoptr(where, (pointee or ir.IntType(64)).as_pointer())
+
+
+@intrinsic
+def call(typingctx, kernel, job):
+    """Call the machine code at an address, compiled by `compile.kernel`; 0 unless it has raised."""
+
+    def codegen(context, builder, signature, args):
+        word, byte = ir.IntType(64), ir.IntType(8).as_pointer()
+        # Numba's convention: results and exceptions through pointers; the literals that follow are never read.
+        kind = ir.FunctionType(ir.IntType(32), [byte, byte, word])
+        slots = [builder.bitcast(cgutils.alloca_once(builder, word), byte) for _ in range(2)]
+        status = builder.call(_pointer(builder, args[0], kind), [*slots, args[1]])
+        return builder.zext(status, word)
+
+    return INT(kernel, job), codegen
+
+
+@intrinsic
+def read(typingctx, where):
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(_pointer(builder, args[0]), "seq_cst", 8)
+
+    return INT(where), codegen
+
+
+@intrinsic
+def add(typingctx, where, number):
+    """Add to the word at an address; what it was before: no two threads get the same."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", _pointer(builder, args[0]), args[1], "seq_cst")
+
+    return INT(where, INT), codegen
+
+
+@intrinsic
+def exchange(typingctx, where, number):
+    """Replace the word at an address; what it was before."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("xchg", _pointer(builder, args[0]), args[1], "seq_cst")
+
+    return INT(where, INT), codegen

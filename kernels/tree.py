@@ -4,19 +4,15 @@ Coordinates are cut into blocks; the parts of blocks 2i and 2i+1 are added, then
 binary tree over block indices.  A node without a right sibling is passed up as it is.  Whoever owns a run of blocks
 keeps only the maximal complete subtrees of that run, so the bits of the total do not depend on how the blocks were
 shared out over threads or ranks.
+
+A part is the sum over one subtree, blocks start … start + 2**level − 1 as far as they exist, and (start, level) its
+place.  Parts are rows of an array (parts, size) beside an array of their places (parts, 2).
 """
 
-from typing import NamedTuple
+import itertools
 
 import numpy as np
-
-
-class Part(NamedTuple):
-    """The sum over one subtree: blocks start … start + 2**level − 1, as far as they exist."""
-
-    start: int
-    level: int
-    values: np.ndarray
+from fastnewton.kernels.compile import FLOATS_2D, INTS_2D, entry, jit
 
 
 def subtrees(first: int, last: int, blocks: int, largest: int = 62) -> list[tuple[int, int]]:
@@ -34,27 +30,42 @@ def subtrees(first: int, last: int, blocks: int, largest: int = 62) -> list[tupl
     return found
 
 
-def merged(parts: list[Part], first: int, last: int, blocks: int) -> list[Part]:
-    """The sums over the maximal subtrees of a run, from parts that cover it in order."""
-    return [
-        Part(start, level, total([part for part in parts if start <= part.start < start + (1 << level)]))
-        for start, level in subtrees(first, last, blocks)
-    ]
+def merged(places: np.ndarray, parts: np.ndarray, first: int, last: int, blocks: int) -> np.ndarray:
+    """The parts of the maximal subtrees of a run, from parts that cover it in order."""
+    starts = [start for start, _ in subtrees(first, last, blocks)]
+    bounds = [*np.searchsorted(places[:, 0], starts), len(places)]
+    groups = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    return np.array([total(places[group], parts[group]) for group in groups]).reshape(-1, parts.shape[1])
 
 
-def total(parts: list[Part]) -> np.ndarray:
-    """The sum over a subtree or over all blocks, from parts that cover it in order."""
-    kept: list[Part] = []
-    for part in parts:
-        while kept and kept[-1].level == part.level and _is_left_sibling(kept[-1]):
-            left = kept.pop()
-            part = Part(left.start, left.level + 1, left.values + part.values)
-        kept.append(part)
-    values = kept.pop().values
-    while kept:
-        values = kept.pop().values + values
-    return values
+def total(places: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """The sum (size,) over a subtree or over all blocks, from parts that cover it in order; zeros of none."""
+    return _summed(places, parts)
 
 
-def _is_left_sibling(part: Part) -> bool:
-    return part.start % (2 << part.level) == 0
+@jit
+def _total(places, parts):
+    kept, sums = np.empty_like(places), np.empty_like(parts)
+    height = 0
+    for index in range(len(places)):
+        start, level = places[index]
+        sums[height] = parts[index]
+        while height and kept[height - 1, 1] == level and kept[height - 1, 0] % (2 << level) == 0:
+            height -= 1
+            add_to(sums[height], sums[height + 1])
+            start, level = kept[height, 0], level + 1
+        kept[height, 0], kept[height, 1] = start, level
+        height += 1
+    while height > 1:
+        height -= 1
+        add_to(sums[height - 1], sums[height])
+    return sums[0].copy() if height else np.zeros(parts.shape[1])
+
+
+@jit
+def add_to(left, right):
+    for k in range(left.size):
+        left[k] += right[k]
+
+
+_summed = entry(_total, INTS_2D, FLOATS_2D)

@@ -15,7 +15,7 @@ from fastnewton import arrays, eigen
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.info import GO, HEADER, STATUS, StepInfo
-from fastnewton.kernels import threads, tree
+from fastnewton.kernels import threads
 from fastnewton.launch import foreign_launcher
 from fastnewton.method import NonFiniteError, Options
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
@@ -232,7 +232,7 @@ class DistNewton:
         total, problem = self._summed(workers, with_thetas, compute, like, problem)
         record = np.zeros(HEADER + 2 * m)
         if total is not None:
-            gram = backend(like).total(total, m, like.dtype, with_thetas)
+            gram = backend(like).total(*total, m, like.dtype, with_thetas)
             record = eigen.decide(gram, tau, self._options).record
         elif self._comm.rank == 0:
             record[STATUS] = _BAD_INPUT
@@ -244,8 +244,8 @@ class DistNewton:
 
     def _summed(
         self, workers: np.ndarray, with_thetas: bool, compute: str, like: Rows, problem: Exception | None
-    ) -> tuple[list[tree.Part] | None, Exception | None]:
-        """On rank 0 the parts of all ranks in order, or None if a rank has a problem; and this rank's problem."""
+    ) -> tuple[tuple[np.ndarray, np.ndarray] | None, Exception | None]:
+        """On rank 0 places and parts of all ranks, or None if a rank has a problem; and this rank's problem."""
         side, comm = backend(like), self._comm
         bounds = block_bounds(comm, like)
         places = [side.places(*run, side.blocks(like.n)) for run in itertools.pairwise(bounds)]
@@ -260,7 +260,7 @@ class DistNewton:
         if problem is None:
             found, problem = _attempt(parts)
         if problem is None:
-            mine[1:] = found
+            mine[1:] = found.ravel()
         mine[0] = problem is not None
         self._exchange.wait()
         counts = [1 + len(own) * width for own in places]
@@ -272,12 +272,8 @@ class DistNewton:
         pieces = np.split(every, np.cumsum(counts)[:-1])
         if any(piece[0] for piece in pieces):
             return None, problem
-        total = [
-            tree.Part(*place, values)
-            for own, piece in zip(places, pieces, strict=True)
-            for place, values in zip(own, piece[1:].reshape(len(own), width), strict=True)
-        ]
-        return total, problem
+        parts = np.concatenate([piece[1:] for piece in pieces]).reshape(-1, width)
+        return (np.array([*itertools.chain(*places)], np.int64).reshape(-1, 2), parts), problem
 
     def _without(self, bad: list[int], workers: np.ndarray, tau: float, target: Any, like: Rows) -> StepInfo:
         if self._options.nonfinite == "raise" or len(bad) == workers.size:
