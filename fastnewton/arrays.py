@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastnewton.kernels import addresses
+
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 MAX_WORKERS = 1024
@@ -152,6 +154,8 @@ def _check_workers(m: int, name: str) -> None:
 
 def _check_strides(given: Memory, name: str) -> None:
     n, itemsize = given.shape[-1], ITEMSIZE[given.dtype]
+    if given.strides[-1] == itemsize and given.strides[0] in (itemsize, n * itemsize) and given.address % itemsize == 0:
+        return
     if n > 1 and given.strides[-1] != itemsize:
         raise ValueError(
             f"{name} must have unit stride along n; got a stride of {given.strides[-1]} bytes for items of {itemsize}. "
@@ -225,17 +229,18 @@ def _view_through_dlpack(value: Any) -> np.ndarray:
 
 
 def _numpy_memory(array: np.ndarray, name: str, library: str) -> Memory:
-    dtype = _dtype_name(array.dtype)
+    dtype, address_of = _described(array.dtype, array.ndim)
     if dtype not in ITEMSIZE:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {array.dtype}")
-    if isinstance(array, np.ma.MaskedArray):
+    if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array; hand over {name}.data or {name}.filled(…)")
-    return Memory(array.ctypes.data, array.shape, array.strides, dtype, library, array)
+    return Memory(address_of(array), array.shape, array.strides, dtype, library, array)
 
 
 @cache  # asking NumPy for the name takes longer than the rest of the checks
-def _dtype_name(dtype: np.dtype) -> str | None:
-    return dtype.name if dtype.isnative else None
+def _described(dtype: np.dtype, ndim: int) -> tuple[str | None, Callable[[np.ndarray], int]]:
+    """The dtype's name, and a function that takes such an array and returns its address."""
+    return dtype.name if dtype.isnative else None, addresses.address_of(dtype, ndim)
 
 
 def _torch_memory(tensor: Any, name: str) -> Memory:
@@ -312,8 +317,7 @@ def output(out: Any, like: Rows, inputs: Sequence[Rows]) -> Output:
 
 
 def _overlap(begin: int, end: int, given: Rows) -> bool:
-    length = given.n * given.itemsize
-    return begin < end and any(row < end and begin < row + length for row in given.table.tolist())
+    return begin < end and addresses.overlap(begin, end, given.table, given.n * given.itemsize) != 0
 
 
 def _new_output(like: Rows) -> Output:

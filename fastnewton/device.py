@@ -12,9 +12,10 @@ import numpy as np
 from fastnewton import eigen
 from fastnewton.arrays import Rows
 from fastnewton.eigen import Gram, Spectrum
-from fastnewton.info import GO, HEADER, NOT_CONVERGED, RESULT, StepInfo
+from fastnewton.info import StepInfo
 from fastnewton.kernels import cuda
 from fastnewton.kernels.cpu import BLOCK, RawGram, blocks  # noqa: F401  (the same blocks on both sides)
+from fastnewton.kernels.record import GO, HEADER, NOT_CONVERGED, RESULT
 
 # Memory that kernels may still be reading, where its library does not know of their stream and would use it again.
 _in_use: list[tuple[Any, list[Any]]] = []

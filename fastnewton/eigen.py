@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from fastnewton.arrays import EPS
-from fastnewton.info import GO, NOT_FINITE, StepInfo, recorded
+from fastnewton.info import StepInfo, recorded
 from fastnewton.kernels import spectrum as small
+from fastnewton.kernels.record import GO, NOT_FINITE
 
 
 @dataclass(frozen=True)

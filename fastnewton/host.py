@@ -1,15 +1,18 @@
 """The parts of the method in CPU memory: the passes of `kernels/cpu.py` around `eigen.py`."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from fastnewton import arrays, eigen
-from fastnewton.arrays import Rows
+from fastnewton.arrays import EPS, Rows
 from fastnewton.eigen import Gram, Spectrum
-from fastnewton.info import GO, RESULT, StepInfo
+from fastnewton.info import StepInfo
 from fastnewton.kernels import cpu, tree
+from fastnewton.kernels import spectrum as small
+from fastnewton.kernels.record import GO, HEADER, RESULT
 
 
 def context(*given: Rows) -> AbstractContextManager:
@@ -36,11 +39,25 @@ def combine(
 
 def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, products: str, sums: str) -> StepInfo:
     """A step with products and sums in those types; unless NaN is to propagate, only a finite K is acted upon."""
+    if thetas.m <= small.COMPILED_LIMIT and options.lr_cap != "curvature":
+        return _compiled_attempt(thetas, grads, lr, options, out, products, sums)
     measured = thetas if options.lr_cap == "curvature" else None
     info = eigen.decide(gram(grads, None, measured, products, cross=False), lr, options)
     if info.status == GO or options.nonfinite == "propagate":
         finish(thetas, grads, info, out, sums)
     return info
+
+
+def _compiled_attempt(
+    thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, products: str, sums: str
+) -> StepInfo:
+    record = np.empty(HEADER + 2 * thetas.m)
+    rank = thetas.m if options.max_rank is None else options.max_rank
+    rest = math.nan if options.lr_rest is None else options.lr_rest
+    settings = options.cutoff, min(rank, thetas.m), lr, rest, options.lr_cap == "sigma"
+    guarded = options.nonfinite != "propagate"
+    cpu.step(thetas, grads, out, record, settings, eps=EPS[grads.dtype], products=products, sums=sums, guarded=guarded)
+    return StepInfo(record)
 
 
 def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str) -> None:

@@ -5,9 +5,7 @@ from typing import Any
 
 import numpy as np
 
-HEADER = 8  # numbers before σ (m,) and c (m,); kernels/record.cuh is the same list
-STATUS, RANK, LR, LR_REST, CAPTURED, SWEEPS, RESULT = range(7)
-GO, NOT_FINITE, NOT_CONVERGED = range(3)  # what STATUS says of K
+from fastnewton.kernels.record import CAPTURED, GO, HEADER, LR, LR_REST, RANK, RESULT, STATUS
 
 
 @dataclass(frozen=True, eq=False, repr=False)

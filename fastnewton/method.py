@@ -10,6 +10,7 @@ since every u_k = Gv_k/σ_k and y_k = Θv_k is a combination of columns; and equ
 
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from fastnewton import arrays
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.eigen import Gram, Spectrum
-from fastnewton.info import GO, StepInfo
+from fastnewton.info import StepInfo
+from fastnewton.kernels.record import GO
 
 PRECISE_CUTOFF = 1e-3  # smaller directions drown in the rounding of float32 products
 
@@ -64,17 +66,25 @@ class Options:
     @classmethod
     def checked(cls, cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: Any) -> "Options":
         """Options from what a caller gave; TypeError or ValueError names the argument."""
-        return cls(
-            arrays.fraction(cutoff, "cutoff"),
-            arrays.count(max_rank, "max_rank"),
-            None if lr_rest is None else arrays.real(lr_rest, "lr_rest"),
-            arrays.choice(lr_cap, "lr_cap", LR_CAPS),
-            arrays.choice(nonfinite, "nonfinite", NONFINITE),
-        )
+        try:
+            return _checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
+        except TypeError:  # what cannot be hashed is wrong, but not for that reason
+            return _checked.__wrapped__(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
 
     def compute(self, dtype: str) -> str:
         """The type in which products are formed."""
         return compute_type(dtype, "float64" if self.cutoff < PRECISE_CUTOFF else None)
+
+
+@lru_cache(maxsize=64, typed=True)  # the same settings come step after step
+def _checked(cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: Any) -> Options:
+    return Options(
+        arrays.fraction(cutoff, "cutoff"),
+        arrays.count(max_rank, "max_rank"),
+        None if lr_rest is None else arrays.real(lr_rest, "lr_rest"),
+        arrays.choice(lr_cap, "lr_cap", LR_CAPS),
+        arrays.choice(nonfinite, "nonfinite", NONFINITE),
+    )
 
 
 def step(

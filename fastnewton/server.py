@@ -22,9 +22,10 @@ import numpy as np
 from fastnewton import arrays, eigen, host
 from fastnewton.arrays import EPS, Output, Rows
 from fastnewton.eigen import Gram
-from fastnewton.info import GO, StepInfo
+from fastnewton.info import StepInfo
 from fastnewton.kernels import cpu
 from fastnewton.kernels import spectrum as small
+from fastnewton.kernels.record import GO
 from fastnewton.method import LR_CAPS, NonFiniteError, Options, step_rows
 
 MODES = ("sync", "async")

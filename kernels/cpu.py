@@ -13,8 +13,9 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from fastnewton.kernels import threads, tree
+from fastnewton.kernels import spectrum, threads, tree
 from fastnewton.kernels.compile import FLOAT, FLOATS, FLOATS_2D, INT, INTS, INTS_2D, entry, jit, kernel
+from fastnewton.kernels.record import GO, HEADER, LR, LR_REST, RESULT, STATUS
 from fastnewton.kernels.simd import ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
 from fastnewton.kernels.threads import add, address, keep
 from llvmlite import ir
@@ -175,14 +176,14 @@ def _cross_size(m: int) -> int:
 
 def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
     """The symmetric matrix of products, rows of the mean and of z last."""
-    if m > STRAIGHT:
-        return _from_triangle(values, m + 1 + with_z)
     return values[_positions(m, with_z)]
 
 
-@cache
+@lru_cache(maxsize=64)
 def _positions(m: int, with_z: bool) -> np.ndarray:
-    """Where the product of rows i and j stands among the pairs; 0 for the one that is not formed, mean by z."""
+    """Where in a part the product of rows i and j stands; 0 for the one that is not formed, mean by z."""
+    if m > STRAIGHT:
+        return _from_triangle(np.arange(_triangle_size(m + 1 + with_z)), m + 1 + with_z)
     found = np.zeros((m + 1 + with_z, m + 1 + with_z), np.intp)
     i, j = np.transpose(_pairs(m, with_z))
     found[i, j] = found[j, i] = np.arange(i.size)
@@ -192,7 +193,7 @@ def _positions(m: int, with_z: bool) -> np.ndarray:
 def _from_triangle(values: np.ndarray, rows: int) -> np.ndarray:
     """The symmetric (rows, rows) matrix from its tiles on and above the diagonal, row after row of tiles."""
     side = _tiles(rows)
-    full = np.empty((side, TILE, side, TILE))
+    full = np.empty((side, TILE, side, TILE), values.dtype)
     i, j = np.triu_indices(side)
     tiles = values.reshape(-1, TILE, TILE)
     full[j, :, i, :] = tiles.transpose(0, 2, 1)
@@ -638,7 +639,7 @@ def _row_address(typingctx, table, k):
 def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out, compute: str) -> bool:
     """Write the combination to `out` (Rows of one row); False if any value written is not finite."""
     m, n, itemsize = thetas.m, thetas.n, thetas.itemsize
-    code = _combine_kernel(m - 1 if m - 1 <= UNROLLED else -1, thetas.dtype, compute, "mean" if z is None else "z")
+    code = _combine_kernel(m, thetas.dtype, compute, "mean" if z is None else "z")
     helpers = threads.helpers_for(2 * m * n * itemsize >= THREADED_BYTES)
     last = NO_ROW if z is None else z.table
     given = thetas.table, grads.table, last, coefficients, tau, beta, out.table
@@ -652,8 +653,13 @@ NO_ROW = np.empty(0, np.int64)
 
 
 @cache
-def _combine_kernel(others: int, storage: str, compute: str, base: str) -> int:
-    """Compiled for exactly `others` rows beside the first; −1 stands for any number of them."""
+def _combine_kernel(m: int, storage: str, compute: str, base: str) -> int:
+    """Compiled for exactly m rows up to UNROLLED beside the first, for any number of them above."""
+    return _any_combine_kernel(m - 1 if m - 1 <= UNROLLED else -1, storage, compute, base)
+
+
+@cache
+def _any_combine_kernel(others: int, storage: str, compute: str, base: str) -> int:
     return kernel(_combine_run, storage, compute, base, others)
 
 
@@ -679,9 +685,7 @@ def _combine_on_threads(team, helpers, code, thetas, grads, last, c, tau, beta, 
     return (1 if state[1] == 0 else 0) if done else -1
 
 
-_run_combine = entry(
-    _combine_on_threads, INTS, INT, INT, INTS, INTS, INTS, FLOATS, FLOAT, FLOAT, INTS, INT, INT
-)
+_run_combine = entry(_combine_on_threads, INTS, INT, INT, INTS, INTS, INTS, FLOATS, FLOAT, FLOAT, INTS, INT, INT)
 
 
 @jit
@@ -832,6 +836,56 @@ def _store_rounded(typingctx, storage, compute, target, work, steps, out):
         return v.all_zero(builder.load(checked))
 
     return INT(storage, compute, target, work, steps, out), codegen
+
+
+# -- step ---------------------------------------------------------------------------------------------------
+#
+# gram, spectrum and combine one after the other without a return to Python: for short vectors that is most of the time.
+
+
+def step(thetas, grads, out, record, settings, *, eps: float, products: str, sums: str, guarded: bool) -> None:
+    """A step of up to `spectrum.COMPILED_LIMIT` workers and its record; guarded, only a finite K is acted upon.
+
+    settings are those of `spectrum.decide`; products and sums are the types in which gram and combine compute.
+    """
+    m, n, itemsize = thetas.m, thetas.n, thetas.itemsize
+    codes = _gram_kernel(m, grads.dtype, products, False), _combine_kernel(m, thetas.dtype, sums, "mean")
+    helpers = threads.helpers_for(m * n * itemsize >= THREADED_BYTES)
+    places = _pieces(0, blocks(n), blocks(n), helpers, _gram_size(m, False))
+    given = thetas.table, grads.table, out.table, n, itemsize, places, _positions(m, False), _gram_size(m, False)
+    if not _run_step(threads.team.words, helpers, *codes, *given, eps, *settings, guarded, record):
+        raise MemoryError("no memory for the scratch of a kernel")
+
+
+@jit
+def _step_on_threads(
+    team, helpers, gram_code, combine_code, thetas, grads, out, n, itemsize, places, positions, size,
+    eps, cutoff, largest_rank, lr, lr_rest, sigma_cap, guarded, record,
+):  # fmt: skip
+    m = thetas.size
+    parts = np.empty((len(places), size))
+    if not _gram_on_threads(team, helpers, gram_code, m, grads, n, places, (n + BLOCK - 1) // BLOCK, parts):
+        return False
+    values, products = tree.add_up(places, parts), np.empty(positions.shape)
+    for i in range(m + 1):
+        for j in range(m + 1):
+            products[i, j] = values[positions[i, j]]
+    found = spectrum.project(products, m, eps)
+    spectrum.decide(*found, cutoff, largest_rank, lr, lr_rest, sigma_cap, record)
+    if guarded and record[STATUS] != GO:
+        return True
+    c = record[(HEADER + record.size) // 2 :]
+    verdict = _combine_on_threads(
+        team, helpers, combine_code, thetas, grads, NO_ROW, c, record[LR], record[LR_REST], out, n, itemsize
+    )
+    record[RESULT] = verdict == 0
+    return verdict >= 0
+
+
+_run_step = entry(
+    _step_on_threads, INTS, INT, INT, INT, INTS, INTS, INTS, INT, INT, INTS_2D, INTS_2D, INT,
+    FLOAT, FLOAT, INT, FLOAT, FLOAT, INT, INT, FLOATS,
+)  # fmt: skip
 
 
 def cache_folder() -> str:

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 from fastnewton.kernels.compile import FLOAT, INT, entry, jit
+from fastnewton.kernels.record import CAPTURED, GO, HEADER, LR, LR_REST, NOT_FINITE, RANK, STATUS
 from numba import types
 
 COMPILED_LIMIT = 32  # workers; up to here the method below takes less time than LAPACK and NumPy's way there
@@ -45,7 +46,7 @@ def coefficients(squares, rows, projection, norm2: float, cutoff: float, floor: 
 
 
 @jit
-def _projected(products, m, eps):
+def project(products, m, eps):
     last, projection, mean = products.shape[0] - 1, np.zeros(m), 0.0
     for i in range(m):
         mean += products[i, last] / m
@@ -79,6 +80,22 @@ def _is_finite(matrix):
             if not math.isfinite(matrix[i, j]):
                 return False
     return True
+
+
+@jit
+def decide(matrix, projection, norm2, floor, cutoff, largest_rank, lr, lr_rest, sigma_cap, record):
+    """Write what follows from K alone to the record of a step, as `eigen.decide` does; a NaN for lr_rest means τ."""
+    m, tau = projection.size, lr
+    sigma, c = record[HEADER : HEADER + m], record[HEADER + m :]
+    record[:] = 0
+    if math.isfinite(floor) and _is_finite(matrix):
+        sigma[:], _, rank, c[:], record[CAPTURED] = _spectrum(matrix, projection, norm2, cutoff, floor, largest_rank)
+        record[STATUS], record[RANK] = GO, rank
+        if sigma_cap and rank > 0:
+            tau = min(lr, 1 / sigma[0])
+    else:
+        sigma[:], c[:], record[STATUS] = np.nan, np.nan, NOT_FINITE
+    record[LR], record[LR_REST] = tau, tau if math.isnan(lr_rest) else lr_rest
 
 
 @jit
@@ -231,7 +248,7 @@ def _coefficients(squares, rows, projection, norm2, cutoff, floor, largest_rank)
     return sigma, descending, rank, c, captured
 
 
-_project = entry(_projected, _MATRIX, INT, FLOAT)
+_project = entry(project, _MATRIX, INT, FLOAT)
 _centre = entry(_centred, _MATRIX, INT)
 _all_finite = entry(_is_finite, _MATRIX)
 _solve = entry(_spectrum, _MATRIX, _VECTOR, FLOAT, FLOAT, FLOAT, INT)

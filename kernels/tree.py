@@ -44,7 +44,7 @@ def total(places: np.ndarray, parts: np.ndarray) -> np.ndarray:
 
 
 @jit
-def _total(places, parts):
+def add_up(places, parts):
     kept, sums = np.empty_like(places), np.empty_like(parts)
     height = 0
     for index in range(len(places)):
@@ -68,4 +68,4 @@ def add_to(left, right):
         left[k] += right[k]
 
 
-_summed = entry(_total, INTS_2D, FLOATS_2D)
+_summed = entry(add_up, INTS_2D, FLOATS_2D)

@@ -9,7 +9,8 @@ from mpi4py import MPI
 
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.info import RESULT, StepInfo
+from fastnewton.info import StepInfo
+from fastnewton.kernels.record import RESULT
 from fastnewton.mpi.buffers import buffers
 from fastnewton.mpi.messages import counted, message
 

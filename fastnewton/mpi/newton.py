@@ -14,8 +14,9 @@ from mpi4py import MPI
 from fastnewton import arrays, eigen
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.info import GO, HEADER, STATUS, StepInfo
+from fastnewton.info import StepInfo
 from fastnewton.kernels import threads
+from fastnewton.kernels.record import GO, HEADER, STATUS
 from fastnewton.launch import foreign_launcher
 from fastnewton.method import NonFiniteError, Options
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
