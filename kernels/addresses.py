@@ -9,7 +9,7 @@ from numba.np.numpy_support import from_dtype
 
 def address_of(dtype: np.dtype, ndim: int):
     """A function that takes an array of this kind and returns its address."""
-    if dtype not in (np.float16, np.float32, np.float64):
+    if dtype not in (np.float32, np.float64):  # Numba knows the others on some machines only
         return lambda array: array.ctypes.data
     return entry(_address, types.Array(from_dtype(dtype), ndim, "A", readonly=True))
 

@@ -82,6 +82,10 @@ class Team:
                 helper.wake()
             return min(count, len(self._helpers))
 
+    def is_asleep(self) -> bool:
+        """Whether no helper looks out for a pass."""
+        return all(helper.asleep for helper in self._helpers)
+
     def dismiss(self) -> None:
         """End all helpers, before the interpreter does."""
         with self._lock:
@@ -93,7 +97,7 @@ class Team:
 
 class _Helper:
     def __init__(self, words: np.ndarray):
-        self._words, self._asleep, self._ended = words, False, False
+        self._words, self.asleep, self._ended = words, False, False
         self._call = threading.Lock()
         self._call.acquire()
         self._help = entry(_help, INTS, INT)
@@ -104,12 +108,12 @@ class _Helper:
         seen = 0
         while not self._ended:
             seen = self._help(self._words, seen)
-            self._asleep = True
+            self.asleep = True
             self._call.acquire()
 
     def wake(self) -> None:
-        if self._asleep:
-            self._asleep = False
+        if self.asleep:
+            self.asleep = False
             self._call.release()
 
     def end(self) -> None:

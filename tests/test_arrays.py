@@ -79,18 +79,24 @@ def library(request):
 def addresses(monkeypatch):
     """The addresses that the kernels were given, by the name of what lies there."""
     seen = {}
-    gram_parts, combine = kernels.cpu.gram_parts, kernels.cpu.combine
+    gram, combine, step = kernels.cpu.gram, kernels.cpu.combine, kernels.cpu.step
 
-    def spied_gram_parts(grads, z=None, thetas=None, **options):
+    def spied_gram(grads, z=None, thetas=None, **options):
         seen["gram"] = [int(a) for a in grads.table]
-        return gram_parts(grads, z, thetas, **options)
+        return gram(grads, z, thetas, **options)
+
+    def spied_step(thetas, grads, out, *arguments, **options):
+        seen.update({name: [int(a) for a in rows.table] for name, rows in (("thetas", thetas), ("grads", grads))})
+        seen["gram"], seen["out"] = seen["grads"], int(out.table[0])
+        return step(thetas, grads, out, *arguments, **options)
 
     def spied_combine(thetas, grads, coefficients, *, out, z=None, **options):
         seen.update({name: [int(a) for a in rows.table] for name, rows in (("thetas", thetas), ("grads", grads))})
         seen["out"], seen["z"] = int(out.table[0]), None if z is None else int(z.table[0])
         return combine(thetas, grads, coefficients, out=out, z=z, **options)
 
-    monkeypatch.setattr(kernels.cpu, "gram_parts", spied_gram_parts)
+    monkeypatch.setattr(kernels.cpu, "gram", spied_gram)
+    monkeypatch.setattr(kernels.cpu, "step", spied_step)
     monkeypatch.setattr(kernels.cpu, "combine", spied_combine)
     return seen
 

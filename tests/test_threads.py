@@ -5,7 +5,8 @@ import time
 
 import numpy as np
 import pytest
-from fastnewton.kernels import cpu, threads, tree
+from fastnewton.kernels import cpu, threads
+from fastnewton.kernels.compile import jit, kernel
 
 import fastnewton as fn
 
@@ -53,39 +54,55 @@ threading.Thread(target=later).start()
 
 
 @pytest.fixture
-def two_threads():
+def arrays(rng):
+    return rng.standard_normal((2, 4, 1 << 18)).astype(np.float32)
+
+
+def test_helpers_share_a_pass_and_are_fewer_where_the_limit_is_lower(arrays):
+    with threads.set_thread_limit(1):
+        expected = fn.step(*arrays, lr=0.5)[0]
+    for count in (2, 3, 2):
+        with threads.set_thread_limit(count):
+            assert threads.helpers_for(True) == count - 1
+            assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("fastnewton") >= 2
+
+
+def test_a_caller_that_finds_the_helpers_busy_goes_on_alone(arrays):
+    expected = fn.step(*arrays, lr=0.5)[0]
     with threads.set_thread_limit(2):
-        yield
+        threads.team.words[0] = 1
+        try:
+            before = threads.team.words[16]
+            assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
+            assert threads.team.words[16] == before
+        finally:
+            threads.team.words[0] = 0
+        assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
+        assert threads.team.words[16] > before
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_caller_waits_for_its_threads(two_threads, error):
-    main, begun, ended = threading.current_thread(), threading.Event(), []
-
-    def task():
-        if threading.current_thread() is main:
-            assert begun.wait(20)
-            raise error
-        begun.set()
-        time.sleep(0.2)
-        ended.append(True)
-
-    with pytest.raises(error):
-        threads.on_threads(task, 2)
-    assert ended == [True]
+def test_a_helper_sleeps_when_nothing_comes_and_wakes_again(arrays):
+    expected = fn.step(*arrays, lr=0.5)[0]
+    with threads.set_thread_limit(2):
+        for _ in range(3):
+            threads.helpers_for(True)
+            deadline = time.monotonic() + 20
+            while not threads.team.is_asleep() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert threads.team.is_asleep()
+            assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
 
 
-def test_an_error_of_a_thread_reaches_the_caller(two_threads):
-    main, failed = threading.current_thread(), threading.Event()
+def test_a_kernel_that_raises_is_an_error_of_the_caller(arrays, monkeypatch):
+    @jit
+    def broken(job):
+        raise MemoryError
 
-    def task():
-        if threading.current_thread() is not main:
-            failed.set()
-            raise ValueError("of a helper")
-        assert failed.wait(20)
-
-    with pytest.raises(ValueError, match="of a helper"):
-        threads.on_threads(task, 2)
+    monkeypatch.setattr(cpu, "_combine_kernel", lambda *arguments: kernel(broken))
+    with pytest.raises(MemoryError, match="scratch"):
+        fn.step(*arrays, lr=0.5)
 
 
 def test_steps_after_the_main_thread_and_at_exit(run_python):
@@ -111,8 +128,7 @@ except RuntimeError as error:
 def test_parts_of_many_workers_stay_small():
     m, count = 1024, 1 << 20
     numbers = cpu.part_size(m, with_z=False, with_thetas=True, with_cross=True)
-    level = cpu._level_that_fits(numbers, count)
-    pieces = tree.subtrees(0, count, count, level)
+    pieces = cpu._pieces(0, count, count, 63, numbers)
     assert len(pieces) * numbers * 8 <= max(cpu.PARTS_BYTES, 2 * numbers * 8)
 
 
