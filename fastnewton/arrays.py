@@ -154,7 +154,7 @@ def _check_workers(m: int, name: str) -> None:
 
 def _check_strides(given: Memory, name: str) -> None:
     n, itemsize = given.shape[-1], ITEMSIZE[given.dtype]
-    if given.strides[-1] == itemsize and given.strides[0] in (itemsize, n * itemsize) and given.address % itemsize == 0:
+    if given.strides == (n * itemsize, itemsize)[-len(given.shape) :] and given.address % itemsize == 0:
         return
     if n > 1 and given.strides[-1] != itemsize:
         raise ValueError(

@@ -183,7 +183,8 @@ def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
 def _positions(m: int, with_z: bool) -> np.ndarray:
     """Where in a part the product of rows i and j stands; 0 for the one that is not formed, mean by z."""
     if m > STRAIGHT:
-        return _from_triangle(np.arange(_triangle_size(m + 1 + with_z)), m + 1 + with_z)
+        every = np.arange(_triangle_size(m + 1 + with_z))
+        return np.ascontiguousarray(_from_triangle(every, m + 1 + with_z))
     found = np.zeros((m + 1 + with_z, m + 1 + with_z), np.intp)
     i, j = np.transpose(_pairs(m, with_z))
     found[i, j] = found[j, i] = np.arange(i.size)
