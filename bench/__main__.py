@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import compare, exchange, gpu, network, peers, plots, problems, quadratic, report, train
+from bench import claims, compare, exchange, figure1, gpu, network, peers, plots, problems, quadratic, report, train
 from bench.ceilings import machine, read_ceiling
 
 DESCRIPTION = """\
@@ -35,6 +36,12 @@ The sharded and the allgather exchange of DistNewton over 2, 4 and 8 MPI ranks o
 beside the all-reduce of the gradient: time, bytes sent, memory per rank.  Then a model of latency and bandwidth,
 fitted to every other n and checked on the rest, and what it says of clusters: m to 256, n to 10^11.  About 4
 minutes; with --quick less than 1.
+"""
+FIGURE1 = """\
+The paper's experiment: a 5-layer convnet of about 16,000 parameters on MNIST and CIFAR-10, global batch 256, over 1,
+2, 4 and 8 MPI ranks: DistNewton beside SGD, momentum, local SGD and itself without Newton's part, and the paper's
+claims beside what was found.  Needs PyTorch.  About 40 minutes on 2 cores, with the first 8,192 and 4,864 images; a
+file for each run is written to OUT/figure1/.
 """
 
 
@@ -100,10 +107,38 @@ def run_exchange(options: argparse.Namespace, console: Console) -> None:
     _write(options, console, "exchange", {"exchange": rows, "model": dataclasses.asdict(here)}, parts)
 
 
+def run_figure1(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench figure1`"""
+    if importlib.util.find_spec("torch") is None:
+        raise SystemExit("figure1 trains with PyTorch, which is not installed: pip install 'fastnewton[train]'")
+    scale = figure1.SCALES["full" if options.full else "quick" if options.quick else "default"]
+    folder, data = options.out / "figure1", options.data or problems.default_folder()
+    folder.mkdir(exist_ok=True)
+
+    def trained(runs: list[figure1.Run], what: str) -> list[dict]:
+        left = figure1.missing(runs, folder) if options.resume else runs
+        console.print(f"{what}: {len(left)} runs, about {figure1.estimate(left) / 60:.0f} minutes", highlight=False)
+        with _progress(console, len(left)) as (say, advance):
+            say(what)
+            figure1.execute(left, folder, data, options.command, advance)
+        return figure1.summary(runs, folder)
+
+    searched = trained(figure1.tuning(scale), "search for step lengths")
+    best = figure1.tuned(searched)
+    found = {"tuned": best, "tuning": searched, "settings": trained(figure1.plan(scale, best), "training")}
+    picture = report.Picture("The paper's experiment", plots.figure1(found, options.out))
+    parts = [claims.table(found), picture, claims.settings(found)]
+    for part in parts:
+        part.print(console)
+    _write(options, console, "figure1", found, parts)
+
+
 DEFAULTS = {
     "run": run_all,
     "out": report.OUT,
     "quick": False,
+    "full": False,
+    "resume": False,
     "shapes": None,
     "rounds": None,
     "peers": None,
@@ -199,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_timing(for_exchange)
     _add_rounds(for_exchange)
     for_exchange.set_defaults(run=run_exchange)
+    _add_figure1(_parser_for(commands.add_parser, "figure1", FIGURE1, help="the paper's experiment"))
     _add_timing(parser)
     _add_timing(for_peers)
     _add_peers(for_peers)
@@ -251,6 +287,15 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranks", type=_positive, metavar="N", help=f"MPI ranks, one worker each ({train.RANKS})")
     parser.add_argument("--seed", type=int, metavar="N", help="of the random spread of the workers (0)")
+
+
+def _add_figure1(parser: argparse.ArgumentParser) -> None:
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="1,024 images, 4 epochs, one seed: 5 minutes")
+    length.add_argument("--full", action="store_true", help="all images of the full data sets, 50 epochs: hours")
+    parser.add_argument("--resume", action="store_true", help="skip runs that have left their file")
+    parser.add_argument("--data", metavar="PATH", help="folder with mnist/ and cifar10/ ($FASTNEWTON_DATA or data/)")
+    parser.set_defaults(run=run_figure1)
 
 
 def _positive(text: str) -> int:

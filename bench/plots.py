@@ -1,5 +1,6 @@
 """The pictures."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +11,8 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from bench import network
+from bench.claims import NAMES, TUNED, View
+from bench.figure1 import MOMENTUM, PAPER_LRS, WORKERS
 from bench.quadratic import SMALLEST
 
 COLOURS = {
@@ -152,6 +155,32 @@ def exchanges(rows: list[dict], here: network.Network, folder: Path) -> str:
             _subtitle(axes, words)
             axes.legend(fontsize=8)
         return _save(figure, folder, "exchanges.png")
+
+
+def figure1(found: dict, folder: Path) -> str:
+    """Negative log-likelihood against gradients per worker: at the paper's step length and at each method's best."""
+    columns = [("own", PAPER_LRS[0]), ("own", TUNED), ("diff", TUNED)]
+    shades = plt.get_cmap("Reds")(np.linspace(0.35, 0.95, len(WORKERS)))
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(2, 3, figsize=(13, 8))
+        for (row, data), (column, (protocol, rate)) in itertools.product(enumerate(NAMES), enumerate(columns)):
+            axes, at = grid[row, column], View(found, data, protocol, rate)
+            curves = [(f"DistNewton-{m}", at.newton(m), shades[k], "-") for k, m in enumerate(WORKERS)]
+            curves.append(("SGD", at.sgd(), "black", "-"))
+            if data == "cifar10":
+                curves.append(("SGD, ReLU", at.sgd(activation="relu"), COLOURS["NumPy, BLAS"], "-"))
+            if rate == TUNED:
+                curves.append(("momentum SGD", at.sgd(momentum=MOMENTUM), COLOURS["momentum SGD"], "-"))
+                curves.append(("local SGD-8", at.newton(8, max_rank=0), COLOURS["local SGD"], "-"))
+                curves.append(("DistNewton-8 without Newton's part", at.newton(8, ablation=True), shades[-1], ":"))
+            for label, one, colour, line in curves:
+                mean, spread = (np.array(one[key], float) for key in ("mean", "spread"))
+                axes.plot(one["evaluations"], mean, line, color=colour, lw=1.6, label=label)
+                axes.fill_between(one["evaluations"], mean - spread, mean + spread, color=colour, alpha=0.15, lw=0)
+            axes.set(yscale="log" if rate == TUNED else "linear", xlabel="gradients evaluated by each worker")
+            axes.set(ylabel="training NLL", title=f"{NAMES[data]}, “{protocol}”, lr {rate}")
+            axes.legend(fontsize=7)
+        return _save(figure, folder, "figure1.png")
 
 
 def gpu(rows: list[dict], folder: Path) -> str:

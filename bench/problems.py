@@ -1,4 +1,4 @@
-"""Logistic regression on handwritten digits: what the benchmarks train.
+"""What the benchmarks train on: images in their original binary formats, and logistic regression on digits.
 
 The digits are scikit-learn's bundled set, or MNIST in IDX format, averaged to the same 8 × 8 pixels.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import expit, log_softmax, softmax
 
 CLASSES = 10
+CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, and the pixels of an image
 _IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
@@ -51,25 +52,50 @@ def _bundled() -> Digits:
 
 
 def _mnist(folder: Path) -> Digits:
-    images = read_idx(_find(folder, "train-images-idx3-ubyte"))
-    labels = read_idx(_find(folder, "train-labels-idx1-ubyte"))
-    square = np.pad(images, ((0, 0), (2, 2), (2, 2))).reshape(len(images), 8, 4, 8, 4)
+    images, labels = training_set("mnist", folder)
+    square = np.pad(images[:, 0], ((0, 0), (2, 2), (2, 2))).reshape(len(images), 8, 4, 8, 4)
     return Digits("MNIST, 8 × 8", square.mean((2, 4)).reshape(-1, 64) / 255, labels.astype(np.int64))
 
 
-def _find(folder: Path, name: str) -> Path:
-    tried = [sub / (name + suffix) for sub in (folder, folder / "mnist") for suffix in ("", ".gz")]
-    for path in tried:
+def training_set(name: str, folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images (samples, channels, height, width) and labels (samples,) of "mnist" or "cifar10", all uint8.
+
+    The files lie in this folder or its sub-folder of that name, gzipped or not.
+    """
+    places = Path(folder), Path(folder) / name
+    if name == "mnist":
+        kinds = ("images-idx3", "labels-idx1")
+        images, labels = (read_idx(_find(places, f"train-{kind}-ubyte")) for kind in kinds)
+        return images[:, None], labels
+    batches = [read_cifar(_find(places, f"data_batch_{k}.bin")) for k in range(1, 6)]
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return images, labels
+
+
+def _find(places: tuple[Path, ...], name: str) -> Path:
+    for path in (place / (name + suffix) for place in places for suffix in ("", ".gz")):
         if path.exists():
             return path
-    raise FileNotFoundError(f"no {name} or {name}.gz in {folder} or {folder / 'mnist'}")
+    raise FileNotFoundError(f"no {name} or {name}.gz in {' or '.join(map(str, places))}")
+
+
+def _read(path: str | Path) -> bytes:
+    data = Path(path).read_bytes()
+    return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+
+
+def read_cifar(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images (samples, 3, 32, 32) and labels (samples,) from a file in CIFAR-10's binary format, gzipped or not."""
+    data = np.frombuffer(_read(path), np.uint8)
+    if data.size == 0 or data.size % CIFAR_RECORD or data[::CIFAR_RECORD].max() >= CLASSES:
+        raise ValueError(f"{path} is not a file of CIFAR-10's binary format: records of {CIFAR_RECORD} bytes")
+    records = data.reshape(-1, CIFAR_RECORD)
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
 def read_idx(path: str | Path) -> np.ndarray:
     """An array in IDX format, gzipped or not."""
-    data = Path(path).read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+    data = _read(path)
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
         raise ValueError(f"{path} is not an IDX file")
     kind, header = np.dtype(_IDX_TYPES[data[2]]), 4 + 4 * data[3]

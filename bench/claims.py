@@ -1,0 +1,197 @@
+"""What the paper says of its experiment, each claim beside the runs that it is about.
+
+A claim is a chain of settings along which the negative log-likelihood is to fall.  It holds where the last setting
+ends lower than the first with every seed that both have, by at least 2 %, and the means fall along the chain.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from bench.figure1 import APART, GRID, MOMENTUM, PAPER_LRS, WORKERS, Run
+from bench.report import Table
+
+MARGIN = 0.02
+NAMES = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+COLUMNS = [(data, protocol) for data in NAMES for protocol in APART]
+DEFAULTS = {field.name: field.default for field in fields(Run)}
+TUNED = "tuned"
+EXTRA = ("momentum", "cutoff", "max_rank", "lr_cap", "ablation")
+
+
+@dataclass(frozen=True)
+class View:
+    """The settings of one data set, protocol and step length: a number, or each method at its best."""
+
+    found: dict
+    data: str
+    protocol: str
+    rate: float | str
+
+    def newton(self, workers: int, **changes) -> dict:
+        return self._one(**{"protocol": self.protocol, "workers": workers, "lr": self.rate, **changes})
+
+    def sgd(self, **changes) -> dict:
+        return self.newton(1, **{"protocol": "sgd", **changes})
+
+    def start(self, setting: dict) -> dict:
+        """A setting that stays where this one starts."""
+        return {"final": dict.fromkeys(setting["final"], setting["mean"][0])}
+
+    def tuning(self, **wanted) -> dict[float, dict]:
+        """By step length, as they were searched."""
+        wanted = {"data": self.data, "activation": "tanh", "momentum": 0.0, **wanted}
+        return {one["run"]["lr"]: one for one in self.found["tuning"] if wanted.items() <= one["run"].items()}
+
+    def _one(self, **wanted) -> dict:
+        run = {**DEFAULTS, "data": self.data, "activation": "tanh", **wanted}
+        if run["lr"] == TUNED:
+            method = "momentum" if run["momentum"] else run["protocol"]
+            run["lr"] = self.found["tuned"][f"{run['data']} {run['activation']} {method}"]
+        wanted = {key: run[key] for key in run if key not in ("seed", "samples", "epochs")}
+        (one,) = (one for one in self.found["settings"] if wanted.items() <= one["run"].items())
+        return one
+
+
+def too_large(at: View) -> list[dict] | None:
+    """At the smallest searched step length, if any, at which DistNewton ends no lower than it started: it, and SGD."""
+    ours, plain = at.tuning(protocol=at.protocol), at.tuning(protocol="sgd")
+    broken = [lr for lr in GRID if not falls([at.start(ours[lr]), ours[lr]])]
+    return [ours[broken[0]], plain[broken[0]]] if broken else None
+
+
+def relu_diverges(at: View) -> list[dict] | None:
+    if at.data != "cifar10":
+        return None
+    ours = at.newton(4, activation="relu")
+    return [ours, at.start(ours)]
+
+
+def relu(at: View) -> list[dict] | None:
+    return [at.sgd(), at.sgd(activation="relu")] if (at.data, at.protocol) == ("cifar10", "own") else None
+
+
+def falls(chain: list[dict]) -> bool:
+    """Whether the claim holds: see above.  A run that diverged ends at infinity."""
+    first, last = ({seed: _number(nll) for seed, nll in one["final"].items()} for one in (chain[0], chain[-1]))
+    means = [_mean(one) for one in chain]
+    lower = all(last[seed] < (1 - MARGIN) * first[seed] for seed in first.keys() & last.keys())
+    return lower and all(b < a for a, b in zip(means, means[1:], strict=False))
+
+
+def _number(nll: float | None) -> float:
+    return math.inf if nll is None else nll
+
+
+def _mean(one: dict) -> float:
+    return sum(map(_number, one["final"].values())) / len(one["final"])
+
+
+Case = Callable[[View], list[dict] | None]
+CLAIMS: list[tuple[str, str, tuple[float | str, ...], Case]] = [
+    (
+        "an improvement in convergence as m increases",
+        "m = 1, 2, 4, 8",
+        (PAPER_LRS[0], TUNED),
+        lambda at: [at.newton(m) for m in WORKERS],
+    ),
+    (
+        "consistently outperforms stochastic gradient descent in the most distributed case",
+        "SGD, m = 8",
+        (*PAPER_LRS, TUNED),
+        lambda at: [at.sgd(), at.newton(8)],
+    ),
+    (
+        "largely outperforms stochastic gradient descent",
+        "SGD with momentum 0.9, m = 8",
+        (TUNED,),
+        lambda at: [at.sgd(momentum=MOMENTUM), at.newton(8)],
+    ),
+    (
+        "a much faster convergence with m = 4 in both experiments",
+        "SGD, m = 4",
+        (PAPER_LRS[0], TUNED),
+        lambda at: [at.sgd(), at.newton(4)],
+    ),
+    (
+        "[with too few workers] converges to poor minimas and is slower than distributed SGD",
+        "m = 2, SGD",
+        (PAPER_LRS[0], TUNED),
+        lambda at: [at.newton(2), at.sgd()],
+    ),
+    (
+        "the importance of the number of eigenvalues considered which is defined through the parameter j",
+        "m = 8, j ≤ 1, 3, 7",
+        (TUNED,),
+        lambda at: [at.newton(8, max_rank=j) for j in (1, 3, None)],
+    ),
+    (
+        "effectively taking advantage of the second-order information",
+        "Newton's part deleted, m = 8",
+        (TUNED,),
+        lambda at: [at.newton(8, ablation=True), at.newton(8)],
+    ),
+    (
+        "superior convergence rates than a simple averaging",
+        "j = 0: local SGD, m = 8",
+        (TUNED,),
+        lambda at: [at.newton(8, max_rank=0), at.newton(8)],
+    ),
+    (
+        "trivially adapt the learning rate to be upper-bounded by [1/σ_max]",
+        "m = 8, m = 8 capped",
+        (TUNED,),
+        lambda at: [at.newton(8), at.newton(8, lr_cap="sigma")],
+    ),
+    (
+        "diverged when using too large a learning rate, whereas this was beneficial to […] SGD",
+        "m = 8 at the smallest such step length searched, SGD at that",
+        (TUNED,),
+        too_large,
+    ),
+    ("[SGD with] ReLU […] outperforms tanh activations", "SGD tanh, SGD ReLU", (PAPER_LRS[0], TUNED), relu),
+    ("[with ReLU] diverged using our method", "ReLU, m = 4; where it starts", (PAPER_LRS[0], TUNED), relu_diverges),
+]
+
+
+def table(found: dict) -> Table:
+    """Each claim, whether it reproduces, and the means over seeds at the end of training."""
+    rows = []
+    for quote, compared, rates, case in CLAIMS:
+        for rate in rates:
+            chains = [case(View(found, *column, rate)) for column in COLUMNS]
+            held = [falls(chain) for chain in chains if chain]
+            words = {0: "does not reproduce", len(held): "reproduces"}
+            verdict = words.get(sum(held), f"in {sum(held)} of {len(held)}") if held else "no such case"
+            cells = [" → ".join(_figure(one) for one in chain) if chain else "" for chain in chains]
+            rows.append((f"“{quote}”", compared, rate if rate == TUNED else f"{rate:g}", verdict, *cells))
+    note = (
+        "Mean negative log-likelihood on the training images at the end, over the seeds. A claim holds where the last "
+        f"ends at least {MARGIN:.0%} lower than the first with every seed, and the means fall. Tuned: each method at "
+        "the step length of its own that ended lowest with another seed; variants of DistNewton at DistNewton's."
+    )
+    names = (f"{NAMES[data]}, {protocol}" for data, protocol in COLUMNS)
+    return Table("The paper's claims", ("claim", "compared", "lr", "verdict", *names), rows, note)
+
+
+def settings(found: dict) -> Table:
+    """What every setting reached."""
+    rows = []
+    for one in found["settings"]:
+        run, diverged = one["run"], sum(nll is None for nll in one["final"].values())
+        extra = [f"{key} {value}" for key, value in run.items() if value != DEFAULTS[key] and key in EXTRA]
+        rows.append(
+            (
+                f"{NAMES[run['data']]} {run['activation']}, {run['protocol']}, m = {run['workers']}, lr {run['lr']:g}",
+                ", ".join(extra),
+                f"{_figure(one)} ± {one['spread'][-1]:.3f}" + f", {diverged} diverged" * bool(diverged),
+                str(len(one["final"])),
+                *(f"{one[key]:.2f}" for key in ("rank", "captured", "capped")),
+            )
+        )
+    note = "Standard deviation over the seeds; j, the captured share of ‖ḡ‖² and the share of capped steps are means."
+    return Table("All settings", ("setting", "", "NLL", "seeds", "j", "captured", "capped"), rows, note)
+
+
+def _figure(one: dict) -> str:
+    return f"{_mean(one):.3f}" if math.isfinite(_mean(one)) else "diverged"
