@@ -53,6 +53,12 @@ class Run:
         return self.epochs * (self.samples // BATCH)
 
     @property
+    def options(self) -> dict:
+        """Of the step.  The ablation is c = 0 on the span: τ = 0 deletes Θc, and θ̄ − lr (ḡ − Gc) is left."""
+        rates = {"lr": 0.0, "lr_rest": self.lr} if self.ablation else {"lr": self.lr}
+        return {**rates, "cutoff": self.cutoff, "max_rank": self.max_rank, "lr_cap": self.lr_cap}
+
+    @property
     def name(self) -> str:
         """What the run is called in file names."""
         return "-".join(f"{key}={value}" for key, value in asdict(self).items())

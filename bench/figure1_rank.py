@@ -65,8 +65,11 @@ class Worker:
         self.lengths["gradient"] = float(gradient.norm())
         return gradient
 
-    def local_step(self, theta: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
-        return theta - self.run.lr * self.gradient(theta, chosen)
+    def local_steps(self, theta: torch.Tensor, count: int) -> torch.Tensor:
+        """So many steps of SGD by itself, each on a fresh share."""
+        for _ in range(count):
+            theta = theta - self.run.lr * self.gradient(theta, self.share())
+        return theta
 
     def mean(self, vector: torch.Tensor) -> torch.Tensor:
         """Over all workers."""
@@ -86,8 +89,7 @@ def sgd(worker: Worker, theta: torch.Tensor) -> Row:
 
 
 def own(worker: Worker, theta: torch.Tensor) -> Row:
-    for _ in range(LOCAL_STEPS - 1):
-        theta = worker.local_step(theta, worker.share())
+    theta = worker.local_steps(theta, LOCAL_STEPS - 1)
     return theta, worker.gradient(theta, worker.share())
 
 
@@ -100,9 +102,7 @@ def probe(worker: Worker, theta: torch.Tensor) -> Row:
 def diff(worker: Worker, theta: torch.Tensor) -> Row:
     share = worker.share()
     before = worker.gradient(theta, share)
-    theta = theta - worker.run.lr * before
-    for _ in range(LOCAL_STEPS - 2):
-        theta = worker.local_step(theta, worker.share())
+    theta = worker.local_steps(theta - worker.run.lr * before, LOCAL_STEPS - 2)
     secant = worker.gradient(theta, share) - before
     return theta, secant + worker.mean(before)
 
@@ -114,22 +114,16 @@ def spread(worker: Worker, theta: torch.Tensor, of: str) -> Row:
 
 
 PROTOCOLS: dict[str, Callable[[Worker, torch.Tensor], Row]] = {
-    "sgd": sgd,
-    "own": own,
-    "probe": probe,
-    "diff": diff,
-    "spread-step": partial(spread, of="step"),
-    "spread-gradient": partial(spread, of="gradient"),
+    **{protocol.__name__: protocol for protocol in (sgd, own, probe, diff)},
+    **{f"spread-{of}": partial(spread, of=of) for of in SPREAD},
 }
 
 
 def train(comm: MPI.Intracomm, net: ConvNet, run: Run) -> dict:
     """The loss after each epoch, against gradients evaluated by each worker; and means over all steps."""
     worker, theta = Worker(comm, net, run), net.start
-    # c = 0 on the span: τ = 0 deletes Θc and lr_rest leaves θ̄ − lr (ḡ − Gc).
-    rates = {"lr": 0.0, "lr_rest": run.lr} if run.ablation else {"lr": run.lr}
     history, infos = [(0, worker.loss(theta))], []
-    with DistNewton(comm, cutoff=run.cutoff, max_rank=run.max_rank, lr_cap=run.lr_cap, **rates) as newton:
+    with DistNewton(comm, **run.options) as newton:
         while worker.evaluations < run.evaluations and history[-1][1] < DIVERGED:
             try:
                 new, info = newton.step(*PROTOCOLS[run.protocol](worker, theta))
@@ -137,7 +131,7 @@ def train(comm: MPI.Intracomm, net: ConvNet, run: Run) -> dict:
                 history.append((worker.evaluations, float("nan")))
                 continue
             worker.lengths["step"], theta = float((new - theta).norm()), new
-            infos.append((info.rank, info.captured, info.lr < rates["lr"]))
+            infos.append((info.rank, info.captured, info.lr < run.options["lr"]))
             if worker.evaluations >= len(history) * run.evaluations / run.epochs:
                 history.append((worker.evaluations, worker.loss(theta)))
     means = np.mean(infos, axis=0).tolist() if infos else [0.0] * 3
@@ -148,21 +142,16 @@ def train(comm: MPI.Intracomm, net: ConvNet, run: Run) -> dict:
     }
 
 
-@cache
-def _images(name: str, folder: str, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return images(name, folder, samples)
-
-
 def main(settings: dict) -> None:
     torch.set_num_threads(1)
     os.environ["FASTNEWTON_NUM_THREADS"] = "1"
     runs = [Run(**fields) for fields in settings["runs"]]
     world, workers, folder = MPI.COMM_WORLD, runs[0].workers, Path(settings["folder"])
     group, groups = world.rank // workers, world.size // workers
-    comm = world.Split(group)
+    comm, load = world.Split(group), cache(images)
     for run in runs[group::groups]:
         started = time.perf_counter()
-        net = ConvNet(run.data, run.activation, *_images(run.data, settings["data"], run.samples), run.seed)
+        net = ConvNet(run.data, run.activation, *load(run.data, settings["data"], run.samples), run.seed)
         found = {"run": asdict(run), "command": settings["command"], **train(comm, net, run)}
         found["seconds"] = time.perf_counter() - started
         if comm.rank == 0:

@@ -1,0 +1,234 @@
+"""The paper's experiment: what is read, how workers come apart, what is run and what is made of it."""
+
+import gzip
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastnewton as fn
+import reference
+from bench import figure1, problems
+
+DATA = Path(os.environ.get("FASTNEWTON_DATA", Path(__file__).resolve().parent.parent / "data"))
+LR, M, N = 0.1, 4, 50
+RUN = figure1.Run("mnist", "tanh", 1024, 2, "own", M, LR)
+
+
+# -- the data -----------------------------------------------------------------------------------------------
+
+
+def cifar_bytes(rng, count):
+    records = rng.integers(256, size=(count, problems.CIFAR_RECORD), dtype=np.uint8)
+    records[:, 0] %= problems.CLASSES
+    return records
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_cifar_files_are_read(tmp_path, rng, suffix):
+    every = []
+    for k in range(1, 6):
+        every.append(cifar_bytes(rng, k))
+        data = every[-1].tobytes()
+        (tmp_path / f"data_batch_{k}.bin{suffix}").write_bytes(gzip.compress(data) if suffix else data)
+    images, labels = problems.training_set("cifar10", tmp_path)
+    records = np.concatenate(every)
+    assert images.shape == (15, 3, 32, 32)
+    np.testing.assert_array_equal(labels, records[:, 0])
+    # A label, then red, green and blue, each row by row.
+    assert images[7, 2, 5, 9] == records[7, 1 + 2 * 1024 + 5 * 32 + 9]
+
+
+@pytest.mark.parametrize("data", [b"", bytes(problems.CIFAR_RECORD - 1), b"\x0a" + bytes(problems.CIFAR_RECORD - 1)])
+def test_what_is_not_cifar_is_refused(tmp_path, data):
+    (tmp_path / "batch.bin").write_bytes(data)
+    with pytest.raises(ValueError, match=r"batch\.bin"):
+        problems.read_cifar(tmp_path / "batch.bin")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no $FASTNEWTON_DATA or data/")
+@pytest.mark.parametrize(("name", "shape"), [("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32))])
+def test_real_images_are_read(name, shape):
+    convnet = pytest.importorskip("bench.convnet")
+    images, labels = problems.training_set(name, DATA)
+    assert images.shape == (len(labels), *shape)
+    assert (np.bincount(labels, minlength=10) / len(labels) > 0.08).all()  # ten classes, about equal
+    x, y = convnet.images(name, DATA, 1000)
+    assert y.tolist() == labels[:1000].tolist()
+    np.testing.assert_allclose(x.mean((0, 2, 3)), 0, atol=1e-5)  # float32 sums of 10⁶ values of size 1
+    np.testing.assert_allclose(x.std((0, 2, 3)), 1, rtol=1e-5)
+    with pytest.raises(ValueError, match="samples must be at most"):
+        convnet.images(name, DATA, len(labels) + 1)
+
+
+# -- the network --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "shape", "count"), [("mnist", (1, 28, 28), 15_858), ("cifar10", (3, 32, 32), 15_650)])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_network_has_five_layers_and_the_parameters_it_says(name, shape, count, activation):
+    torch = pytest.importorskip("torch")
+    from bench.convnet import ConvNet
+
+    x, labels = torch.randn(40, *shape, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10
+    net = ConvNet(name, activation, x, labels, seed=1)
+    assert net.start.shape == (count,)
+    assert sum(hasattr(layer, "weight") for layer in net._net) == 5
+    assert net.total_loss(net.start, 0, 40) / 40 == pytest.approx(np.log(10), abs=0.2)  # knows nothing yet
+    gradient = net.gradient(net.start, np.arange(40))
+    step = 2e-3 * gradient / gradient.norm()
+    change = (net.total_loss(net.start + step, 0, 40) - net.total_loss(net.start - step, 0, 40)) / 40
+    # A central difference in float32: losses of 2.3 are right to 2e-7, and their difference is about 4e-4.
+    assert change == pytest.approx(4e-3 * float(gradient.norm()), rel=1e-2)
+
+
+# -- how workers come apart, against what the protocols say, literally --------------------------------------
+
+
+class ThreadComm:
+    """One of M workers that are threads: as much of a communicator as a protocol needs."""
+
+    size = M
+
+    def __init__(self, rank, barrier, shared):
+        self.rank, self._barrier, self._shared = rank, barrier, shared
+
+    def Allreduce(self, mine, total):
+        self._barrier.wait()
+        self._shared[self.rank] = mine
+        self._barrier.wait()
+        total[:] = np.sum(self._shared, axis=0)
+
+
+class Bowl:
+    """½(θ − mean of the chosen points)ᵀ H (θ − that mean), with a diagonal H: gradients differ from batch to batch."""
+
+    def __init__(self, torch):
+        rng = np.random.default_rng(0)
+        self.torch, self.curvature = torch, rng.uniform(0.5, 2, N)
+        self.points, self.theta = rng.standard_normal((RUN.samples, N)), rng.standard_normal(N)
+        self.start = torch.from_numpy(self.theta.astype("f4"))
+
+    def literal(self, theta, chosen):
+        return self.curvature * (theta - self.points[chosen].mean(0))
+
+    def gradient(self, theta, chosen):
+        return self.torch.from_numpy(self.literal(theta.numpy().astype("f8"), chosen).astype("f4"))
+
+
+@pytest.fixture
+def bowl():
+    return Bowl(pytest.importorskip("torch"))
+
+
+def rows_of(bowl, protocol, run=RUN, lengths=None):
+    """θ_k and the row of every worker, and gradients that each has evaluated."""
+    from bench.figure1_rank import PROTOCOLS, Worker
+
+    barrier, shared = threading.Barrier(M), [None] * M
+    workers = [Worker(ThreadComm(rank, barrier, shared), bowl, replace(run, protocol=protocol)) for rank in range(M)]
+    for worker in workers:
+        worker.lengths |= lengths or {}
+    with ThreadPoolExecutor(M) as pool:
+        found = list(pool.map(lambda worker: PROTOCOLS[protocol](worker, bowl.start), workers))
+    thetas, rows = (np.array([one.numpy() for one in part], "f8") for part in zip(*found, strict=True))
+    return thetas, rows, {worker.evaluations for worker in workers}
+
+
+def shares(count):
+    """The shares of the workers in each of the first batches of 256, and what is left of the order."""
+    order = np.random.default_rng(RUN.seed).permutation(RUN.samples)
+    batches = [order[256 * k : 256 * (k + 1)] for k in range(count)]
+    return [[batch[rank::M] for rank in range(M)] for batch in batches], order[256 * count :]
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # float32 numbers of size 1
+
+
+def one_step_apart(bowl, first):
+    return np.array([bowl.theta - LR * bowl.literal(bowl.theta, share) for share in first])
+
+
+def gradients(bowl, thetas, chosen):
+    return np.array([bowl.literal(theta, each) for theta, each in zip(thetas, chosen, strict=True)])
+
+
+def test_own_is_a_local_step_and_the_gradient_of_a_fresh_share(bowl):
+    (first, second), _ = shares(2)
+    thetas, rows, evaluations = rows_of(bowl, "own")
+    close(thetas, one_step_apart(bowl, first))
+    close(rows, gradients(bowl, thetas, second))
+    assert evaluations == {2}
+
+
+def test_probe_takes_secants_from_a_shared_batch_and_the_mean_from_all(bowl):
+    (first, second), rest = shares(2)
+    thetas, rows, evaluations = rows_of(bowl, "probe")
+    close(thetas, one_step_apart(bowl, first))
+    probes = gradients(bowl, thetas, [rest[: 256 // M]] * M)
+    close(rows - rows.mean(0), probes - probes.mean(0))
+    close(rows - rows.mean(0), (thetas - thetas.mean(0)) * bowl.curvature)  # without noise
+    close(rows.mean(0), gradients(bowl, thetas, second).mean(0))
+    assert evaluations == {3}
+
+
+def test_diff_takes_secants_over_the_same_share_and_the_mean_from_all(bowl):
+    (first,), _ = shares(1)
+    thetas, rows, evaluations = rows_of(bowl, "diff")
+    close(thetas, one_step_apart(bowl, first))
+    after = gradients(bowl, thetas, first)
+    secants = after - gradients(bowl, [bowl.theta] * M, first)
+    close(rows - rows.mean(0), secants - secants.mean(0))
+    close(rows.mean(0), after.mean(0))
+    assert evaluations == {2}
+
+
+@pytest.mark.parametrize(("of", "factor"), [("step", 1.0), ("gradient", 0.1)])
+def test_spread_is_as_long_as_it_says(bowl, of, factor):
+    (first,), _ = shares(1)
+    thetas, rows, evaluations = rows_of(bowl, f"spread-{of}", lengths={of: 3.0})
+    lengths = np.linalg.norm(thetas - bowl.theta, axis=1)
+    np.testing.assert_allclose(lengths, factor * 3.0, rtol=0.5)  # random: ‖z‖²/n has a deviation of √(2/50)
+    assert len(set(lengths)) == M
+    close(rows, gradients(bowl, thetas, first))
+    assert evaluations == {1}
+
+
+def test_sgd_and_momentum_are_those_of_torch(bowl):
+    torch, run = bowl.torch, replace(RUN, protocol="sgd", workers=1, momentum=0.9)
+    from mpi4py import MPI
+
+    from bench.figure1_rank import train
+
+    seen = []
+    bowl.total_loss = lambda theta, first, last: seen.append(theta.numpy().copy()) or 0.0
+    found = train(MPI.COMM_SELF, bowl, run)
+    assert found["evaluations"] == [0, 4, 8]
+    theta, order = bowl.start.clone(), []
+    optimizer, rng = torch.optim.SGD([theta], lr=LR, momentum=0.9), np.random.default_rng(run.seed)
+    for k in range(8):
+        order = order if len(order) else rng.permutation(run.samples)
+        theta.grad, order = bowl.gradient(theta, order[:256]), order[256:]
+        optimizer.step()
+        if k % 4 == 3:
+            close(seen[k // 4 + 1], theta.numpy())
+
+
+def test_ablation_deletes_what_newton_moves_inside_the_span(rng):
+    thetas, grads = rng.standard_normal((2, M, N))
+    grads *= 4.0 ** -np.arange(M)[:, None]
+    run = replace(RUN, lr=0.3, cutoff=0.5)
+    found, _ = fn.step(thetas, grads, **replace(run, ablation=True).options)
+    whole, _ = fn.step(thetas, grads, **run.options)
+    expected = reference.step(thetas, grads, lr=0.3, cutoff=0.5)
+    assert 0 < expected.rank < M - 1
+    np.testing.assert_allclose(whole, expected.theta_new, rtol=1e-10)
+    np.testing.assert_allclose(found, expected.q.theta_bar - 0.3 * expected.inverse.z_perp, rtol=1e-10)
+
+
+# -- what is run --------------------------------------------------------------------------------------------
