@@ -130,6 +130,8 @@ def run_figure1(options: argparse.Namespace, console: Console) -> None:
     parts = [claims.table(found), picture, claims.settings(found)]
     for part in parts:
         part.print(console)
+    hours = figure1.estimate(figure1.plan(figure1.SCALES["full"], best)) / 3600
+    console.print(f"--full, all images of the full data sets and 50 epochs: about {hours:.0f} hours", highlight=False)
     _write(options, console, "figure1", found, parts)
 
 

@@ -94,14 +94,14 @@ QUOTES = [
     "consistently outperforms stochastic gradient descent in the most distributed case",
     "largely outperforms stochastic gradient descent",
     "a much faster convergence with m = 4 in both experiments",
-    "[with too few workers] converges to poor minimas and is slower than distributed SGD",
+    "(with too few workers) converges to poor minimas and is slower than distributed SGD",
     "the importance of the number of eigenvalues considered which is defined through the parameter j",
     "effectively taking advantage of the second-order information",
     "superior convergence rates than a simple averaging",
-    "trivially adapt the learning rate to be upper-bounded by [1/σ_max]",
-    "diverged when using too large a learning rate, whereas this was beneficial to […] SGD",
-    "[SGD with] ReLU […] outperforms tanh activations",
-    "[with ReLU] diverged using our method",
+    "trivially adapt the learning rate to be upper-bounded by (1/σ_max)",
+    "diverged when using too large a learning rate, whereas this was beneficial to … SGD",
+    "(SGD with) ReLU … outperforms tanh activations",
+    "(with ReLU) diverged using our method",
 ]
 BOTH, BEST = (PAPER_LRS[0], TUNED), (TUNED,)
 CASES: list[tuple[str, tuple[float | str, ...], Case]] = [
@@ -145,13 +145,13 @@ def settings(found: dict) -> Table:
     rows = []
     for one in found["settings"]:
         run, diverged = one["run"], sum(nll is None for nll in one["final"].values())
-        extra = [f"{key} {value}" for key, value in run.items() if value != DEFAULTS[key] and key in EXTRA]
         name = f"{NAMES[run['data']]} {run['activation']}, {run['protocol']}, m = {run['workers']}, lr {run['lr']:g}"
+        name += "".join(f", {key} {run[key]}" for key in EXTRA if run[key] != DEFAULTS[key])
         nll = f"{_figure(one)} ± {one['spread'][-1]:.3f}" + f", {diverged} diverged" * bool(diverged)
         numbers = [f"{one[key]:.2f}" for key in ("rank", "captured", "capped")]
-        rows.append((name, ", ".join(extra), nll, str(len(one["final"])), *numbers))
+        rows.append((name, nll, str(len(one["final"])), *numbers))
     note = "Standard deviation over the seeds; j, the captured share of ‖ḡ‖² and the share of capped steps are means."
-    return Table("All settings", ("setting", "", "NLL", "seeds", "j", "captured", "capped"), rows, note)
+    return Table("All settings", ("setting", "NLL", "seeds", "j", "captured", "capped"), rows, note)
 
 
 def _figure(one: dict) -> str:

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from bench import peers
 from bench.quadratic import TARGET_ORDER
 
+LONG = 60  # characters of a first column that may be broken into lines
 OUT = Path(__file__).resolve().parent / "out"
 
 
@@ -25,8 +26,10 @@ class Table:
 
     def print(self, console: Console) -> None:
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+        short = max(len(row[0]) for row in self.rows) < LONG
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left", no_wrap=not number, overflow="fold")
+            whole = short and not number
+            table.add_column(column, justify="right" if number else "left", no_wrap=whole, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         console.print(f"\n[bold]{self.title}[/bold]", table, self.note, sep="\n", highlight=False)

@@ -1,18 +1,21 @@
 """The paper's experiment: what is read, how workers come apart, what is run and what is made of it."""
 
 import gzip
+import json
 import os
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 
 import fastnewton as fn
-import reference
-from bench import figure1, problems
+from bench import claims, figure1, plots, problems
+from bench.__main__ import main
 
 DATA = Path(os.environ.get("FASTNEWTON_DATA", Path(__file__).resolve().parent.parent / "data"))
 LR, M, N = 0.1, 4, 50
@@ -82,8 +85,8 @@ def test_network_has_five_layers_and_the_parameters_it_says(name, shape, count, 
     gradient = net.gradient(net.start, np.arange(40))
     step = 2e-3 * gradient / gradient.norm()
     change = (net.total_loss(net.start + step, 0, 40) - net.total_loss(net.start - step, 0, 40)) / 40
-    # A central difference in float32: losses of 2.3 are right to 2e-7, and their difference is about 4e-4.
-    assert change == pytest.approx(4e-3 * float(gradient.norm()), rel=1e-2)
+    # A central difference in float32: losses of 2.3 are right to 2e-7, their difference is about 4e-4; ReLU has kinks.
+    assert change == pytest.approx(4e-3 * float(gradient.norm()), rel=3e-2)
 
 
 # -- how workers come apart, against what the protocols say, literally --------------------------------------
@@ -232,3 +235,175 @@ def test_ablation_deletes_what_newton_moves_inside_the_span(rng):
 
 
 # -- what is run --------------------------------------------------------------------------------------------
+
+
+TINY = figure1.Scale((512, 2), (512, 2), 2, 1)
+
+
+def test_every_setting_is_run_once_and_with_its_seeds():
+    best = {f"{data} {act} {method}": 0.3 for data, act, _ in figure1.PROBLEMS for method in METHODS}
+    runs = figure1.plan(TINY, best)
+    assert len(set(runs)) == len(runs) == len({run.name for run in runs})
+    assert {run.workers for run in runs} == {1, 2, 4, 8}
+    assert {run.evaluations for run in runs} == {4}
+    kinds = {(run.protocol, run.workers) for run in runs if (run.data, run.activation) == ("cifar10", "tanh")}
+    assert kinds == {
+        ("sgd", 1),
+        *((protocol, m) for protocol in ("own", "diff") for m in (1, 2, 4, 8)),
+        *((protocol, 4) for protocol in ("probe", "spread-step", "spread-gradient")),
+    }
+    base = replace(runs[0], protocol="own", workers=8, lr=0.3)
+    for setting in (base, replace(base, lr=0.01), replace(base, ablation=True), replace(base, max_rank=0)):
+        assert [run.seed for run in runs if replace(run, seed=0) == setting] == [0, 1]
+    for change in ({"lr_cap": "sigma"}, {"cutoff": 0.9}, {"max_rank": 1}, {"workers": 4}, {"workers": 2}):
+        assert [run.seed for run in runs if replace(run, seed=0) == replace(base, **change)] == [0]
+
+
+METHODS = ("sgd", "momentum", "own", "diff")
+
+
+def leave(folder, runs, nll):
+    """Files as the ranks leave them, with what the runs end at."""
+    folder.mkdir(exist_ok=True)
+    for run in runs:
+        found = {"run": asdict(run), "command": "made up", "evaluations": [0, 2, 4], "nll": [2.3, 2.0, nll(run)]}
+        found |= {"rank": 1.0, "captured": 0.1, "capped": 0.0, "seconds": 1.0}
+        (folder / f"{run.name}.json").write_text(json.dumps(found))
+
+
+def test_the_step_length_that_ended_lowest_is_tuned(tmp_path):
+    runs = figure1.tuning(TINY)
+    ends = dict(zip(figure1.GRID, (1.0, 0.5, 0.2, 0.3, None), strict=True))
+    leave(tmp_path, runs, lambda run: ends[run.lr] and ends[run.lr] * (run.lr if run.momentum else 1))
+    best = figure1.tuned(figure1.summary(runs, tmp_path))
+    assert len(best) == 12
+    assert best["mnist tanh momentum"] == 0.03
+    assert {lr for key, lr in best.items() if "momentum" not in key} == {0.3}
+
+
+def test_a_setting_is_summed_up_over_its_seeds(tmp_path):
+    runs = [replace(RUN, seed=seed) for seed in range(3)]
+    leave(tmp_path, runs, lambda run: (1.0, 2.0, None)[run.seed])
+    (one,) = figure1.summary(runs, tmp_path)
+    assert one["final"] == {"0": 1.0, "1": 2.0, "2": None}
+    assert one["mean"] == [2.3, 2.0, 1.5]
+    assert one["spread"] == [0.0, 0.0, pytest.approx(0.5**0.5, abs=1e-4)]
+    assert one["seconds"] == 3
+
+
+@pytest.fixture
+def made_up(tmp_path, rng):
+    """MNIST's file format with 512 images of noise."""
+    for kind, shape in (("images-idx3", (512, 28, 28)), ("labels-idx1", (512,))):
+        array = rng.integers(10, size=shape, dtype=np.uint8)
+        header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *shape)
+        (tmp_path / f"train-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return tmp_path
+
+
+def test_ranks_train_and_only_what_is_missing_is_run_again(made_up):
+    pytest.importorskip("torch")
+    runs = [replace(RUN, samples=512, workers=2, seed=seed) for seed in range(2)]
+    runs.append(replace(runs[0], max_rank=0, lr=1e30))
+    finished = []
+    figure1.execute(runs, made_up, str(made_up), "the command", lambda: finished.append(1))
+    assert len(finished) == 3
+    assert figure1.missing(runs, made_up) == []
+    first, second, wild = (json.loads((made_up / f"{run.name}.json").read_text()) for run in runs)
+    assert (first["run"], first["command"], first["evaluations"]) == (asdict(runs[0]), "the command", [0, 2, 4])
+    assert first["nll"][2] < first["nll"][0] == pytest.approx(np.log(10), abs=0.2)
+    assert first["nll"] != second["nll"]
+    assert first["rank"] == 1 > first["captured"] > 0 == wild["rank"]
+    assert wild["nll"][-1] is None or wild["nll"][-1] > 50
+    (made_up / f"{runs[1].name}.json").unlink()
+    assert figure1.missing(runs, made_up) == [runs[1]]
+
+
+# -- what is made of it -------------------------------------------------------------------------------------
+
+
+def ends(*values):
+    return {"final": {str(seed): value for seed, value in enumerate(values)}}
+
+
+def test_a_claim_holds_only_for_every_seed_by_a_margin_and_along_the_chain():
+    assert claims.falls([ends(1.0, 2.0), ends(0.9, 1.9)])
+    assert not claims.falls([ends(1.0, 2.0), ends(0.99, 1.5)])  # one seed by less than 2 %
+    assert not claims.falls([ends(1.0, 1.0), ends(0.5, 1.1)])
+    assert claims.falls([ends(1.0, 1.0, 1.0), ends(0.9)])  # the seeds that both have
+    assert claims.falls([ends(1.0), ends(0.8), ends(0.6)])
+    assert not claims.falls([ends(1.0), ends(0.5), ends(0.6)])
+    assert claims.falls([ends(None), ends(1.0)])
+    assert not claims.falls([ends(1.0), ends(None)])
+    assert not claims.falls([ends(None), ends(None)])
+
+
+def as_the_paper_says(run):
+    """Ends as they would have to be for every claim."""
+    if run.activation == "relu":
+        return 1.0 if run.protocol == "sgd" else None
+    if run.protocol == "sgd":
+        return 1.5 + run.momentum / 10 - run.lr / 10
+    if run.lr == figure1.GRID[-1]:
+        return None
+    worse = run.ablation + (run.max_rank is not None) * (4 - run.max_rank if run.max_rank else 4) / 4
+    return {1: 2.0, 2: 1.9, 4: 1.1, 8: 0.9}[run.workers] + worse - 0.2 * (run.lr_cap is not None)
+
+
+def as_if_nothing_mattered(run):
+    return 2.3
+
+
+def mixed(run):
+    return as_the_paper_says(run) if run.data == "mnist" or run.activation == "relu" else 1.5
+
+
+@pytest.mark.parametrize("world", [as_the_paper_says, as_if_nothing_mattered, mixed])
+def test_the_command_tells_what_reproduces(world, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.setitem(figure1.SCALES, "quick", TINY)
+    monkeypatch.setattr(figure1, "execute", lambda runs, folder, *more: leave(folder, runs, world))
+    main(["figure1", "--quick", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "figure1.json").read_text())
+    rows = claims.table(found).rows
+    verdicts = {(quote, rate): verdict for quote, _, rate, verdict, *_ in rows}
+    assert len(verdicts) == len(rows) == 19
+    if world is as_the_paper_says:
+        assert set(verdicts.values()) == {"reproduces"}
+    elif world is as_if_nothing_mattered:
+        assert set(verdicts.values()) == {"does not reproduce"}
+    else:
+        assert verdicts[("“an improvement in convergence as m increases”", "tuned")] == "in 2 of 4"
+    page = (tmp_path / "figure1.md").read_text()
+    assert "2.000 → 1.900 → 1.100 → 0.900" in page or world is as_if_nothing_mattered
+    assert (tmp_path / "figure1.png").read_bytes().startswith(b"\x89PNG")
+    assert "--full" in capsys.readouterr().out
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setitem(figure1.SCALES, "quick", TINY)
+    ran = []
+    monkeypatch.setattr(plots, "figure1", lambda found, folder: "figure1.png")
+    monkeypatch.setattr(
+        figure1, "execute", lambda runs, folder, *more: ran.append(len(runs)) or leave(folder, runs, mixed)
+    )
+    for arguments in ([], ["--resume"], []):
+        main(["figure1", "--quick", "--out", str(tmp_path), *arguments])
+    assert ran[0] == ran[4] == 60 < ran[1] == ran[5]
+    assert ran[2:4] == [0, 0]
+
+
+def test_without_pytorch_the_command_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"fastnewton\[train\]"):
+        main(["figure1", "--out", str(tmp_path)])
+
+
+COMMITTED = Path(figure1.__file__).parent / "results" / "figure1.json"
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="no committed run")
+def test_readme_says_what_the_committed_run_found():
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    assert claims.table(json.loads(COMMITTED.read_text())).markdown() in readme.read_text(encoding="utf-8")
