@@ -376,7 +376,7 @@ def test_what_was_fitted_is_shown(exchanged, tmp_path):
     assert (tmp_path / plots.exchanges([row], here, tmp_path)).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"], ["exchange"]])
+@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"], ["exchange"], ["figure1"]])
 def test_help_names_every_option(capsys, arguments):
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--help"])
@@ -385,6 +385,7 @@ def test_help_names_every_option(capsys, arguments):
         "peers": ("--shapes", "--rounds", "--peers"),
         "train": ("--data", "--evaluations", "--ranks"),
         "exchange": ("--quick", "--rounds"),
+        "figure1": ("--quick", "--full", "--resume", "--data"),
     }
     for name in ("--out", *options.get(arguments[0] if arguments else "train", ())):
         assert name in said

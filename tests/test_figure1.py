@@ -367,7 +367,7 @@ def test_the_command_tells_what_reproduces(world, tmp_path, monkeypatch, capsys)
     found = json.loads((tmp_path / "figure1.json").read_text())
     rows = claims.table(found).rows
     verdicts = {(quote, rate): verdict for quote, _, rate, verdict, *_ in rows}
-    assert len(verdicts) == len(rows) == 19
+    assert len(verdicts) == len(rows) == 20
     if world is as_the_paper_says:
         assert set(verdicts.values()) == {"reproduces"}
     elif world is as_if_nothing_mattered:
