@@ -5,12 +5,14 @@ from fastnewton.eigen import Gram, Spectrum
 from fastnewton.info import StepInfo
 from fastnewton.kernels.cuda import clear_caches
 from fastnewton.method import NonFiniteError, apply_inverse, combine, gram, spectrum, step
+from fastnewton.safeguards import Safeguards
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Gram",
     "NonFiniteError",
+    "Safeguards",
     "Spectrum",
     "StepInfo",
     "apply_inverse",

@@ -3,6 +3,8 @@
 Beyond, the m × m part runs as on the host, with the eigenproblem alone on the device.
 """
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import numpy as np
 from fastnewton import eigen
 from fastnewton.arrays import Rows
 from fastnewton.eigen import Gram, Spectrum
-from fastnewton.info import StepInfo
+from fastnewton.info import StepInfo, size_of, weights_of
 from fastnewton.kernels import cuda
 from fastnewton.kernels.cpu import BLOCK, RawGram, blocks  # noqa: F401  (the same blocks on both sides)
 from fastnewton.kernels.record import GO, HEADER, NOT_CONVERGED, RESULT
@@ -58,22 +60,40 @@ class Products(NamedTuple):
     scalars: Any
 
 
-def gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, *, cross: bool = True) -> Gram:
+def gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str) -> Gram:
     """The Gram of checked input, in arrays of its own on the device."""
     m = grads.m
     if m > cuda.LIMIT:
-        return _on_device(_large_gram(grads, z, thetas, compute, cross))
-    empty = cuda.cupy().empty
-    of_grads, of_thetas = (_products(empty(_size(m)), m) for _ in range(2))
-    matrix = None
-    if thetas is not None and cross:
-        matrix = empty((m, m))
-        cuda.cross(thetas, grads, compute="float64", matrix=matrix)
-    return _measured(of_grads, of_thetas, grads, z, thetas, compute, matrix)
+        return _on_device(_large_gram(grads, z, thetas, compute, cross=True))
+    found = _measured(*_new_products(m, 2), grads, z, None, compute)
+    if thetas is None:
+        return found
+    own = {name: getattr(found, name) for name in ("matrix", "projection", "norm2", "floor")}
+    return dataclasses.replace(_joint_gram(thetas, grads), **own)
+
+
+def _joint_gram(thetas: Rows, grads: Rows) -> Gram:
+    """The Gram with all products in float64, in arrays of its own on the device."""
+    m = grads.m
+    if m > cuda.JOINT_LIMIT:
+        return _on_device(_large_gram(grads, None, thetas, "float64", cross=True))
+    of_thetas, cross, of_grads = _new_products(m, 3)
+    cuda.joint(thetas, grads, of_thetas=of_thetas, cross=cross, of_grads=of_grads)
+    theta_floor = of_thetas.scalars[1:2].reshape(())
+    return Gram(*_parted(of_grads), of_thetas.matrix, cross.matrix, theta_floor, cross.projection)
 
 
 def _size(m: int) -> int:
     return m * m + m + 2
+
+
+def _new_products(m: int, count: int) -> list[Products]:
+    return [_products(cuda.cupy().empty(_size(m)), m) for _ in range(count)]
+
+
+def _parted(found: Products) -> tuple[Any, Any, Any, Any]:
+    """K, b, zᵀz and the floor."""
+    return found.matrix, found.projection, *(found.scalars[k : k + 1].reshape(()) for k in range(2))
 
 
 def _products(memory: Any, m: int) -> Products:
@@ -81,16 +101,14 @@ def _products(memory: Any, m: int) -> Products:
 
 
 def _measured(
-    of_grads: Products, of_thetas: Products, grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, cross: Any
+    of_grads: Products, of_thetas: Products, grads: Rows, z: Rows | None, thetas: Rows | None, compute: str
 ) -> Gram:
     cuda.gram(grads, z, compute=compute, **of_grads._asdict())
-    norm2, floor = (of_grads.scalars[k : k + 1].reshape(()) for k in range(2))
     if thetas is None:
-        return Gram(of_grads.matrix, of_grads.projection, norm2, floor)
+        return Gram(*_parted(of_grads))
     # ΘᵀΘ is for the step length, whose smallest directions products in float32 would lose.
     cuda.gram(thetas, None, compute="float64", **of_thetas._asdict())
-    theta_floor = of_thetas.scalars[1:2].reshape(())
-    return Gram(of_grads.matrix, of_grads.projection, norm2, floor, of_thetas.matrix, cross, theta_floor)
+    return Gram(*_parted(of_grads), of_thetas.matrix, None, of_thetas.scalars[1:2].reshape(()))
 
 
 def _large_gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, cross: bool) -> Gram:
@@ -129,13 +147,13 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     cupy = cuda.cupy()
     m = gram.projection.size
     if m <= cuda.LIMIT:
-        record, vectors = cupy.empty(HEADER + 2 * m), cupy.empty((m, m))
+        record, vectors = cupy.empty(size_of(m)), cupy.empty((m, m))
         cuda.spectrum(
             gram, cutoff=cutoff, max_rank=max_rank, lr=0.0, lr_rest=None, lr_cap=None, record=record, vectors=vectors
         )
         info = StepInfo(record.get())
         if info.status != NOT_CONVERGED:
-            sigma, c = record[HEADER : HEADER + m], record[HEADER + m :]
+            sigma, c = record[HEADER : HEADER + m], weights_of(record)[m:]
             return Spectrum(sigma, vectors, info.rank, c, info.captured)
     found = eigen.spectrum(_on_host(gram), cutoff, max_rank, _eigh)
     put = cupy.asarray
@@ -162,13 +180,14 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
     cupy = cuda.cupy()
     m, guarded = grads.m, options.nonfinite != "propagate"
     measured = thetas if options.lr_cap == "curvature" else None
+    if options.safeguards is not None:
+        return _decided_on_host(_on_host(_joint_gram(thetas, grads)), thetas, grads, lr, options, out, sums)
     if m > cuda.LIMIT:
-        return _decided_on_host(
-            _large_gram(grads, None, measured, products, False), thetas, grads, lr, options, out, sums
-        )
+        found = _large_gram(grads, None, measured, products, cross=False)
+        return _decided_on_host(found, thetas, grads, lr, options, out, sums)
     of_grads, of_thetas = (_products(cuda.workspace(name, _size(m)), m) for name in ("grads", "thetas"))
-    found = _measured(of_grads, of_thetas, grads, None, measured, products, None)
-    record = cupy.empty(HEADER + 2 * m)
+    found = _measured(of_grads, of_thetas, grads, None, measured, products)
+    record = cupy.empty(size_of(m))
     settings = {
         "cutoff": options.cutoff,
         "max_rank": options.max_rank,
@@ -176,7 +195,7 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
         "lr_cap": options.lr_cap,
     }
     cuda.spectrum(found, lr=lr, record=record, **settings)
-    cuda.combine(thetas, grads, record[HEADER + m :], out=out, compute=sums, record=record, guarded=guarded)
+    cuda.combine(thetas, grads, weights_of(record), out=out, compute=sums, record=record, guarded=guarded)
     if cupy.cuda.get_current_stream().is_capturing():
         cuda.keep(record)
     if not guarded:
@@ -199,7 +218,7 @@ def _decided_on_host(
 def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str) -> None:
     """Write θ_new to `out`, and in the record whether it is finite; waits."""
     record = cuda.cupy().asarray(info.record)
-    cuda.combine(thetas, grads, record[(HEADER + record.size) // 2 :], out=out, compute=compute, record=record)
+    cuda.combine(thetas, grads, weights_of(record), out=out, compute=compute, record=record)
     info.record[RESULT] = record.get()[RESULT]
 
 
@@ -224,35 +243,40 @@ def places(first: int, last: int, count: int) -> list[tuple[int, int]]:
     return [(first, 0)] if first < last else []
 
 
-def part_size(m: int, with_thetas: bool) -> int:
+def part_size(m: int, options: Any) -> int:
     """Numbers in one part."""
-    return (1 + with_thetas) * _size(m)
+    return (1 + options.reads_thetas + (options.safeguards is not None)) * _size(m)
 
 
-def parts(grads: Rows, thetas: Rows | None, compute: str, first: int, last: int) -> np.ndarray:
+def parts(grads: Rows, thetas: Rows | None, options: Any, compute: str, first: int, last: int) -> np.ndarray:
     """The parts of those places (places, size)."""
     if first == last:
-        return np.empty((0, part_size(grads.m, thetas is not None)))
+        return np.empty((0, part_size(grads.m, options)))
     start = first * BLOCK
-    own = [rows.part(start, min(last * BLOCK, rows.n) - start) for rows in (grads, thetas) if rows is not None]
-    found = _on_host(gram(own[0], None, own[1] if thetas is not None else None, compute, cross=False))
+    own = [rows and rows.part(start, min(last * BLOCK, rows.n) - start) for rows in (grads, thetas)]
+    found = _on_host(_part_of_gram(*own, options, compute))
     values = [*found.matrix.ravel(), *found.projection, found.norm2, found.floor**2]
     if thetas is not None:
         values += [*found.theta_matrix.ravel(), *np.zeros(grads.m + 1), found.theta_floor**2]
+    if options.safeguards is not None:
+        values += [*found.cross_matrix.ravel(), *found.cross_projection, 0, 0]
     return np.array([values])
 
 
-def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, with_thetas: bool) -> Gram:
+def _part_of_gram(grads: Rows, thetas: Rows | None, options: Any, compute: str) -> Gram:
+    if options.safeguards is not None:
+        return _joint_gram(thetas, grads)
+    if grads.m > cuda.LIMIT:
+        return _large_gram(grads, None, thetas, compute, cross=False)
+    return _measured(*_new_products(grads.m, 2), grads, None, thetas, compute)
+
+
+def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, options: Any) -> Gram:
     """The Gram, from the parts of all processes in order."""
-    sums = np.zeros(part_size(m, with_thetas))
+    sums = np.zeros((3, _size(m)))  # what was not measured stays zero
     for part in parts:  # one after the other: the order is what makes the bits
-        sums += part
-    of_grads = _products(sums[: _size(m)], m)
-    norm2, floor2 = of_grads.scalars
-    if not with_thetas:
-        return Gram(of_grads.matrix, of_grads.projection, float(norm2), float(np.sqrt(floor2)))
-    of_thetas = _products(sums[_size(m) :], m)
-    theta_floor = float(np.sqrt(of_thetas.scalars[1]))
-    return Gram(
-        of_grads.matrix, of_grads.projection, float(norm2), float(np.sqrt(floor2)), of_thetas.matrix, None, theta_floor
-    )
+        sums.ravel()[: part.size] += part
+    of_grads, of_thetas, cross = (_products(row, m) for row in sums)
+    (norm2, floor2), (_, theta_floor2) = of_grads.scalars.tolist(), of_thetas.scalars.tolist()
+    of_both = of_thetas.matrix, cross.matrix, math.sqrt(theta_floor2), cross.projection
+    return Gram(of_grads.matrix, of_grads.projection, norm2, math.sqrt(floor2), *of_both)

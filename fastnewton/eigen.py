@@ -10,7 +10,8 @@ import numpy as np
 from fastnewton.arrays import EPS
 from fastnewton.info import StepInfo, recorded
 from fastnewton.kernels import spectrum as small
-from fastnewton.kernels.record import GO, NOT_FINITE
+from fastnewton.kernels.record import FALLBACK, GO, NOT_FINITE
+from fastnewton.safeguards import guard
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Gram:
         2·eps·‖ḡ‖ with eps of the stored dtype: a σ below it is the rounding of the stored gradients.
     theta_matrix, cross_matrix : (m, m) float64 or None
         ΘᵀΘ and ΘᵀG, where thetas were given.
+    cross_projection : (m,) float64 or None
+        Θᵀḡ, where thetas were given.
     theta_floor : float
         2·eps·‖θ̄‖, where thetas were given.
     """
@@ -42,6 +45,7 @@ class Gram:
     theta_matrix: np.ndarray | None = None
     cross_matrix: np.ndarray | None = None
     theta_floor: float = 0.0
+    cross_projection: np.ndarray | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -85,8 +89,10 @@ def projected(raw: Any, dtype: str) -> Gram:
     if raw.of_thetas is None:
         return Gram(matrix, projection, norm2, floor)
     theta_matrix, _, _, theta_floor = small.projected(raw.of_thetas, raw.m, EPS[dtype])
-    cross = None if raw.cross is None else small.centred(raw.cross)
-    return Gram(matrix, projection, norm2, floor, theta_matrix, cross, theta_floor)
+    if raw.cross is None:
+        return Gram(matrix, projection, norm2, floor, theta_matrix, None, theta_floor)
+    cross, along = small.centred(raw.cross), raw.cross[:, -1]
+    return Gram(matrix, projection, norm2, floor, theta_matrix, cross, theta_floor, along - along.mean())
 
 
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None, eigh: Callable = np.linalg.eigh) -> Spectrum:
@@ -109,7 +115,13 @@ def decide(gram: Gram, lr: float, options: Any, eigh: Callable = np.linalg.eigh)
     tau = capped(lr, options.lr_cap, gram, found) if usable else lr
     status = GO if finite and usable else NOT_FINITE
     beta = tau if options.lr_rest is None else options.lr_rest
-    return StepInfo(recorded(status, found.rank, tau, beta, found.captured, found.singular_values, found.coefficients))
+    record = recorded(status, found.rank, tau, beta, found.captured, found.singular_values, found.coefficients)
+    if options.safeguards is None:
+        return StepInfo(record)
+    given, least = options.safeguards.fallback_lr, min(tau, beta)
+    careful = capped(least, "curvature", gram, found) if status == GO and gram.of_thetas_is_finite else least
+    record[FALLBACK] = careful if given is None else given
+    return guard(StepInfo(record), gram, found, options.safeguards)
 
 
 def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:

@@ -9,10 +9,10 @@ import numpy as np
 from fastnewton import arrays, eigen
 from fastnewton.arrays import EPS, Rows
 from fastnewton.eigen import Gram, Spectrum
-from fastnewton.info import StepInfo
+from fastnewton.info import StepInfo, size_of, weights_of
 from fastnewton.kernels import cpu, tree
 from fastnewton.kernels import spectrum as small
-from fastnewton.kernels.record import GO, HEADER, RESULT
+from fastnewton.kernels.record import GO, RESULT
 
 
 def context(*given: Rows) -> AbstractContextManager:
@@ -20,9 +20,12 @@ def context(*given: Rows) -> AbstractContextManager:
     return nullcontext()
 
 
-def gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, *, cross: bool = True) -> Gram:
+def gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str) -> Gram:
     """The Gram of checked input."""
-    return eigen.projected(cpu.gram(grads, z, thetas, compute=compute, cross=cross), grads.dtype)
+    raw = cpu.gram(grads, z, compute=compute)
+    if thetas is not None:
+        raw = cpu.joint_gram(thetas, grads)._replace(products=raw.products)
+    return eigen.projected(raw, grads.dtype)
 
 
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
@@ -39,10 +42,13 @@ def combine(
 
 def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, products: str, sums: str) -> StepInfo:
     """A step with products and sums in those types; unless NaN is to propagate, only a finite K is acted upon."""
-    if thetas.m <= small.COMPILED_LIMIT and options.lr_cap != "curvature":
+    if options.safeguards is not None:
+        raw = cpu.joint_gram(thetas, grads)
+    elif thetas.m <= small.COMPILED_LIMIT and options.lr_cap != "curvature":
         return _compiled_attempt(thetas, grads, lr, options, out, products, sums)
-    measured = thetas if options.lr_cap == "curvature" else None
-    info = eigen.decide(gram(grads, None, measured, products, cross=False), lr, options)
+    else:
+        raw = cpu.gram(grads, None, thetas if options.lr_cap == "curvature" else None, compute=products)
+    info = eigen.decide(eigen.projected(raw, grads.dtype), lr, options)
     if info.status == GO or options.nonfinite == "propagate":
         finish(thetas, grads, info, out, sums)
     return info
@@ -51,7 +57,7 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
 def _compiled_attempt(
     thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, products: str, sums: str
 ) -> StepInfo:
-    record = np.empty(HEADER + 2 * thetas.m)
+    record = np.empty(size_of(thetas.m))
     rank = thetas.m if options.max_rank is None else options.max_rank
     rest = math.nan if options.lr_rest is None else options.lr_rest
     settings = options.cutoff, min(rank, thetas.m), lr, rest, options.lr_cap == "sigma"
@@ -62,8 +68,8 @@ def _compiled_attempt(
 
 def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str) -> None:
     """Write θ_new to `out`, and in the record whether it is finite."""
-    tau, beta = info.lr, info.lr_rest
-    finite = cpu.combine(thetas, grads, info.coefficients, tau=tau, beta=beta, out=out, compute=compute)
+    tau, beta, weights = info.lr, info.lr_rest, weights_of(info.record)
+    finite = cpu.combine(thetas, grads, weights, tau=tau, beta=beta, out=out, compute=compute)
     info.record[RESULT] = not finite
 
 
@@ -82,17 +88,23 @@ def places(first: int, last: int, count: int) -> list[tuple[int, int]]:
     return tree.subtrees(first, last, count)
 
 
-def part_size(m: int, with_thetas: bool) -> int:
+def part_size(m: int, options: Any) -> int:
     """Numbers in one part."""
-    return cpu.part_size(m, with_z=False, with_thetas=with_thetas, with_cross=False)
+    if options.safeguards is not None:
+        return cpu.joint_size(m)
+    return cpu.part_size(m, with_z=False, with_thetas=options.reads_thetas)
 
 
-def parts(grads: Rows, thetas: Rows | None, compute: str, first: int, last: int) -> np.ndarray:
+def parts(grads: Rows, thetas: Rows | None, options: Any, compute: str, first: int, last: int) -> np.ndarray:
     """The parts of those places (places, size)."""
+    if options.safeguards is not None:
+        return cpu.joint_parts(thetas, grads, first=first, last=last)
     return cpu.gram_parts(grads, thetas, compute=compute, first=first, last=last)
 
 
-def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, with_thetas: bool) -> Gram:
+def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, options: Any) -> Gram:
     """The Gram, from the parts of all blocks in order."""
     values = tree.total(places, parts)
-    return eigen.projected(cpu.unpacked(values, m, with_z=False, with_thetas=with_thetas, with_cross=False), dtype)
+    if options.safeguards is not None:
+        return eigen.projected(cpu.unpacked_joint(values, m), dtype)
+    return eigen.projected(cpu.unpacked(values, m, with_z=False, with_thetas=options.reads_thetas), dtype)

@@ -1,11 +1,25 @@
 """What a step did, as it is kept: a record of float64 numbers, on the host or still on a device."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fastnewton.kernels.record import CAPTURED, GO, HEADER, LR, LR_REST, RANK, RESULT, STATUS
+from fastnewton.kernels.record import (
+    CAPTURED,
+    FALLBACK,
+    GO,
+    HEADER,
+    LR,
+    LR_REST,
+    NEWTON_NORM,
+    RANK,
+    REASON,
+    REASONS,
+    RESULT,
+    STATUS,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,11 +41,16 @@ class StepInfo:
         τ after `lr_cap`.
     captured : float
         ‖U_jᵀḡ‖²/‖ḡ‖², the share of the mean gradient in the kept directions; 0 when ḡ = 0.
+    accepted : bool
+        Whether this is a quasi-Newton step, and not the averaged SGD that `Safeguards` put in its place.
+    reason : str
+        What `Safeguards` found: "accepted"; "curvature" or "newton_norm" where the step was changed; "coefficient",
+        "cosine" or "nonfinite" where it was not accepted.
     dropped : tuple of int
         The workers left out because they were not finite.
     """
 
-    record: Any  # array (HEADER + 2m,), or what `get()` makes one of
+    record: Any  # array (HEADER + 3m,), or what `get()` makes one of
     dropped: tuple[int, ...] = ()
 
     @property
@@ -40,13 +59,11 @@ class StepInfo:
 
     @property
     def singular_values(self) -> np.ndarray:
-        record = self.read()
-        return record[HEADER : (HEADER + record.size) // 2]
+        return self.read()[HEADER:].reshape(3, -1)[0]
 
     @property
     def coefficients(self) -> np.ndarray:
-        record = self.read()
-        return record[(HEADER + record.size) // 2 :]
+        return self.read()[HEADER:].reshape(3, -1)[2]
 
     @property
     def lr(self) -> float:
@@ -62,6 +79,14 @@ class StepInfo:
         return float(self.read()[LR_REST])
 
     @property
+    def accepted(self) -> bool:
+        return self.read()[REASON] <= NEWTON_NORM
+
+    @property
+    def reason(self) -> str:
+        return REASONS[int(self.read()[REASON])]
+
+    @property
     def status(self) -> int:
         """What was found of K: GO, NOT_FINITE or NOT_CONVERGED."""
         return int(self.read()[STATUS])
@@ -72,6 +97,15 @@ class StepInfo:
         record = self.read()
         return record[STATUS] == GO and record[RESULT] == 0
 
+    def fallen_back(self, reason: int) -> "StepInfo":
+        """The averaged SGD in place of this step, for that reason."""
+        record = self.read().copy()
+        record[STATUS], record[REASON] = GO, reason
+        record[RANK] = record[CAPTURED] = record[RESULT] = 0
+        record[LR] = record[LR_REST] = record[FALLBACK]
+        weights_of(record)[:] = 0
+        return dataclasses.replace(self, record=record)
+
     def read(self) -> np.ndarray:
         """The record as a NumPy array."""
         return self.record if isinstance(self.record, np.ndarray) else self.record.get()
@@ -79,7 +113,8 @@ class StepInfo:
     def __repr__(self) -> str:
         return (
             f"StepInfo(rank={self.rank}, lr={self.lr:.6g}, captured={self.captured:.6g}, "
-            f"singular_values={self.singular_values}, coefficients={self.coefficients}, dropped={self.dropped})"
+            f"singular_values={self.singular_values}, coefficients={self.coefficients}, reason={self.reason!r}, "
+            f"dropped={self.dropped})"
         )
 
 
@@ -87,8 +122,18 @@ def recorded(
     status: int, rank: int, lr: float, lr_rest: float, captured: float, sigma: np.ndarray, c: np.ndarray
 ) -> np.ndarray:
     """The record of a decision, before its result is there."""
-    record = np.zeros(HEADER + 2 * sigma.size)
+    record = np.zeros(size_of(sigma.size))
     record[STATUS], record[RANK], record[LR], record[LR_REST], record[CAPTURED] = status, rank, lr, lr_rest, captured
     record[HEADER : HEADER + sigma.size] = sigma
-    record[HEADER + sigma.size :] = c
+    weights_of(record).reshape(2, -1)[:] = c
     return record
+
+
+def size_of(m: int) -> int:
+    """Numbers in the record of m workers."""
+    return HEADER + 3 * m
+
+
+def weights_of(record: Any) -> Any:
+    """What the kernels multiply Θ and then G with, (2m,)."""
+    return record[HEADER + (record.size - HEADER) // 3 :]

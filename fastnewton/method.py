@@ -9,6 +9,7 @@ since every u_k = Gv_k/σ_k and y_k = Θv_k is a combination of columns; and equ
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,11 +21,12 @@ from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.eigen import Gram, Spectrum
 from fastnewton.info import StepInfo
-from fastnewton.kernels.record import GO
+from fastnewton.kernels.record import GO, NONFINITE
+from fastnewton.safeguards import Safeguards, checked
 
 PRECISE_CUTOFF = 1e-3  # smaller directions drown in the rounding of float32 products
 
-NONFINITE = ("raise", "drop", "propagate")
+ON_NONFINITE = ("raise", "drop", "propagate")
 LR_CAPS = (None, "sigma", "curvature")
 
 
@@ -62,18 +64,49 @@ class Options:
     lr_rest: float | None = None
     lr_cap: str | None = None
     nonfinite: str = "raise"
+    safeguards: Safeguards | None = None
 
     @classmethod
-    def checked(cls, cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: Any) -> "Options":
+    def checked(
+        cls, cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: Any, safeguards: Any = None
+    ) -> "Options":
         """Options from what a caller gave; TypeError or ValueError names the argument."""
         try:
-            return _checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
+            found = _checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
         except TypeError:  # what cannot be hashed is wrong, but not for that reason
-            return _checked.__wrapped__(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
+            found = _checked.__wrapped__(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
+        # Equal safeguards count each for itself.
+        return found if safeguards is None else dataclasses.replace(found, safeguards=checked(safeguards))
 
     def compute(self, dtype: str) -> str:
         """The type in which products are formed."""
         return compute_type(dtype, "float64" if self.cutoff < PRECISE_CUTOFF else None)
+
+    @property
+    def reads_thetas(self) -> bool:
+        """Whether the Gram pass reads both arrays."""
+        return self.lr_cap == "curvature" or self.safeguards is not None
+
+    @property
+    def is_unchecked(self) -> bool:
+        """Whether a step counts as it is, finite or not."""
+        return self.nonfinite == "propagate" and self.safeguards is None
+
+    def overflowed(self, info: StepInfo, finish: Callable[[StepInfo], None]) -> StepInfo:
+        """What becomes of a step that is not finite though its input is: averaged SGD, or an error."""
+        if self.safeguards is None:
+            raise NonFiniteError.overflow()
+        info = info.fallen_back(NONFINITE)
+        finish(info)
+        if self.nonfinite != "propagate" and not info.is_sound:
+            raise NonFiniteError.overflow()
+        return info
+
+    def counted(self, info: StepInfo) -> StepInfo:
+        """A step that was taken."""
+        if self.safeguards is not None:
+            self.safeguards.count(info)
+        return info
 
 
 @lru_cache(maxsize=64, typed=True)  # the same settings come step after step
@@ -83,7 +116,7 @@ def _checked(cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: A
         arrays.count(max_rank, "max_rank"),
         None if lr_rest is None else arrays.real(lr_rest, "lr_rest"),
         arrays.choice(lr_cap, "lr_cap", LR_CAPS),
-        arrays.choice(nonfinite, "nonfinite", NONFINITE),
+        arrays.choice(nonfinite, "nonfinite", ON_NONFINITE),
     )
 
 
@@ -97,6 +130,7 @@ def step(
     lr_rest: float | None = None,
     lr_cap: str | None = None,
     nonfinite: str = "raise",
+    safeguards: Safeguards | None = None,
     out: Any = None,
 ) -> tuple[Any, StepInfo]:
     """One quasi-Newton step from the workers' parameters and gradients.
@@ -123,6 +157,9 @@ def step(
         ‖Θv_k‖ is rounding (reads thetas once more).  None where no direction is kept.
     nonfinite : {"raise", "drop", "propagate"}
         What to do about NaN and infinity: an error, a step without those workers, or nothing.
+    safeguards : Safeguards, optional
+        When to distrust the step, and take averaged SGD instead.  Products are then formed in float64, in one pass over
+        both arrays: (4m + 1)·n·itemsize bytes in all, not (3m + 1).  What overflows is averaged SGD, not an error.
     out : array (n,), optional
         Where to write the result: same library, device and dtype, contiguous, writable, apart from the inputs.
 
@@ -149,11 +186,11 @@ def step(
     "drop" wait once, at the end.
     """
     lr = arrays.real(lr, "lr")
-    options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
+    options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
     first, second = arrays.pair(thetas, grads)
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
-        info = step_rows(first, second, lr, options, target.rows)
+        info = options.counted(step_rows(first, second, lr, options, target.rows))
         return target.finish(), info
 
 
@@ -203,7 +240,7 @@ def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None
     z : array (n,), optional
         The mean gradient ḡ if None.
     thetas : like grads, optional
-        Adds ΘᵀΘ and ΘᵀG.  K and b keep their bits.
+        Adds ΘᵀΘ, ΘᵀG and Θᵀḡ.  K and b keep their bits.
     precision : {None, "float64"}
         None forms products of 16- and 32-bit data in float32, short sums in float32, long ones in float64.
 
@@ -310,12 +347,12 @@ def step_rows(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows)
     products = sums = options.compute(grads.dtype)
     while True:
         info = side.attempt(thetas, grads, lr, options, out, products=products, sums=sums)
-        if options.nonfinite == "propagate" or info.is_sound:
+        if options.is_unchecked or info.is_sound:
             return info
         if workers := side.nonfinite_workers(thetas, grads):
-            return _without(workers, thetas, grads, lr, options, out)
+            return info if options.nonfinite == "propagate" else _without(workers, thetas, grads, lr, options, out)
         if (products if info.status != GO else sums) == "float64":
-            raise NonFiniteError.overflow()
+            return options.overflowed(info, lambda last: side.finish(thetas, grads, last, out, "float64"))
         products, sums = ("float64", sums) if info.status != GO else (products, "float64")
 
 

@@ -3,7 +3,8 @@
 // Formula      θ_new = θ̄ − τΘc − β(ḡ − Gc), or z + (Θ − G)c with z given.  c sums to zero, so row 0 can be the origin:
 //                  θ_new = θ_0 − βg_0 + Σ_k p_k(θ_k − θ_0) + q_k(g_k − g_0),  p_k = 1/m − τc_k,  q_k = −β(1/m − c_k)
 //              and rounding is relative to the spread of the workers, not to θ.
-// Shapes       thetas, grads: m vectors of length n; z, out: vectors of length n; c: (m,) float64.
+// Shapes       thetas, grads: m vectors of length n; z, out: vectors of length n; c: (m,) float64; what G is multiplied
+//              with begins `second` numbers later.
 // Traffic      reads 2m·n·itemsize bytes once (and z), writes n·itemsize.
 // Determinism  each coordinate is on its own: its bits depend on nothing else.
 // Launch       as many blocks as the device holds at once, AT_ONCE of them on a multiprocessor, so that registers hold
@@ -22,14 +23,17 @@ constexpr int WEIGHTS = M ? M : 1024;
 constexpr int AT_ONCE = GROUP * sizeof(Real) > 32 ? 2 : 3;
 
 // The first warp turns c into p and q, once c has been made to sum to zero.
-__device__ __forceinline__ void weigh(const double* c, double tau, double beta, int m, Real* p, Real* q) {
-  double sum = 0;
-  for (int k = threadIdx.x; k < m; k += 32) sum += c[k];
-  const double mean = warp_sum(sum) / m;
+__device__ __forceinline__ void weigh(const double* c, int second, double tau, double beta, int m, Real* p, Real* q) {
+  double sum = 0, sum_of_grads = 0;
   for (int k = threadIdx.x; k < m; k += 32) {
-    const double along = c[k] - mean;
-    p[k] = Real(WITH_Z ? along : 1.0 / m - tau * along);
-    q[k] = Real(WITH_Z ? -along : beta * (along - 1.0 / m));
+    sum += c[k];
+    sum_of_grads += c[second + k];
+  }
+  const double mean = warp_sum(sum) / m, mean_of_grads = warp_sum(sum_of_grads) / m;
+  for (int k = threadIdx.x; k < m; k += 32) {
+    const double of_theta = c[k] - mean, of_grad = c[second + k] - mean_of_grads;
+    p[k] = Real(WITH_Z ? of_theta : 1.0 / m - tau * of_theta);
+    q[k] = Real(WITH_Z ? -of_grad : beta * (of_grad - 1.0 / m));
   }
 }
 
@@ -60,13 +64,14 @@ __device__ __forceinline__ bool store(const Real (&sums)[GROUP], Stored* out, i6
 
 extern "C" __global__ void __launch_bounds__(THREADS, AT_ONCE)
     combine(const __grid_constant__ Rows thetas, const __grid_constant__ Rows grads, const Stored* z, Stored* out,
-            int m, i64 n, int shift, int wide, const double* c, double tau, double beta, double* record, int guarded) {
+            int m, i64 n, int shift, int wide, const double* c, int second, double tau, double beta, double* record,
+            int guarded) {
   if (guarded && record[STATUS] != GO) return;
   FN_SHARED(Real, p, [WEIGHTS]);
   FN_SHARED(Real, q, [WEIGHTS]);
   const double step = record ? record[LR] : tau, rest = record ? record[LR_REST] : beta;
   const int workers = M ? M : m;
-  if (threadIdx.x < 32) weigh(c, step, rest, workers, p, q);
+  if (threadIdx.x < 32) weigh(c, second, step, rest, workers, p, q);
   __syncthreads();
   bool finite = true;
   const i64 stretch = i64(THREADS) * GROUP, stretches = (n + stretch - 1) / stretch;

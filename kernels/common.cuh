@@ -24,7 +24,7 @@
 
 #define STRAIGHT 1
 #define TILED 2
-#define CROSS 3
+#define JOINT 3
 #define CENTRE 4
 #define SPECTRUM 5
 

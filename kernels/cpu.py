@@ -43,8 +43,8 @@ class RawGram(NamedTuple):
 
     m: int
     products: np.ndarray  # of m rows, then their mean, then z if it is another
-    of_thetas: np.ndarray | None = None
-    cross: np.ndarray | None = None
+    of_thetas: np.ndarray | None = None  # of the rows of thetas, then their mean
+    cross: np.ndarray | None = None  # of the rows of thetas with those of grads and, last, ḡ
 
 
 def blocks(n: int) -> int:
@@ -60,40 +60,53 @@ def layout() -> tuple[int, int, int]:
 # -- gram ---------------------------------------------------------------------------------------------------
 #
 # K = GᵀG (m, m), b = Gᵀz (m,), zᵀz and ‖ḡ‖², where z is ḡ unless given; with thetas also ΘᵀΘ and ‖θ̄‖², in float64
-# because the smallest directions of Θ drown in the rounding of float32 products; with cross ΘᵀG.
-# Bytes: m·n·itemsize, twice that with thetas, four times with cross.  Flops: m(m+1)n + 2mn.
+# because the smallest directions of Θ drown in the rounding of float32 products.
+# Bytes: m·n·itemsize, twice that with thetas.  Flops: m(m+1)n + 2mn, twice that with thetas.
+# The joint Gram has all products of Θ, θ̄, G and ḡ, in float64.  Bytes: 2m·n·itemsize.  Flops: (2m+2)(2m+3)n.
 # Bits: a float32 lane takes at most 256 terms, lanes are added pairwise, and from there on all is float64 in the
 # order of the tree: the same for any number of threads or ranks.
 
 
-def gram(grads, z=None, thetas=None, *, compute: str, cross: bool = True) -> RawGram:
+def gram(grads, z=None, thetas=None, *, compute: str) -> RawGram:
     """K, b and the norms over all coordinates; arguments as in `gram_parts`."""
-    places, parts = _pieces_of_gram(grads, z, thetas, compute, cross, 0, blocks(grads.n))
-    kinds = {"with_z": z is not None, "with_thetas": thetas is not None, "with_cross": thetas is not None and cross}
-    return unpacked(tree.total(places, parts), grads.m, **kinds)
+    places, parts = _pieces_of_gram(grads, z, thetas, compute, 0, blocks(grads.n))
+    return unpacked(tree.total(places, parts), grads.m, with_z=z is not None, with_thetas=thetas is not None)
+
+
+def joint_gram(thetas, grads) -> RawGram:
+    """All products of Θ, θ̄, G and ḡ over all coordinates."""
+    return unpacked_joint(tree.total(*_pieces_of_joint(thetas, grads, 0, blocks(grads.n))), grads.m)
+
+
+def joint_parts(thetas, grads, *, first: int, last: int) -> np.ndarray:
+    """As `gram_parts`, of the joint Gram."""
+    return tree.merged(*_pieces_of_joint(thetas, grads, first, last), first, last, blocks(grads.n))
 
 
 def gram_parts(grads, thetas=None, *, compute: str, first: int, last: int) -> np.ndarray:
-    """The parts of blocks first … last−1, as the maximal subtrees of that run; without z and ΘᵀG.
+    """The parts of blocks first … last−1, as the maximal subtrees of that run; without z.
 
     grads and thetas are Rows of one shape and dtype; compute is "float32" or "float64", the type in which products of
     gradients are formed.
     """
-    places, parts = _pieces_of_gram(grads, None, thetas, compute, False, first, last)
+    places, parts = _pieces_of_gram(grads, None, thetas, compute, first, last)
     return tree.merged(places, parts, first, last, blocks(grads.n))
 
 
-def _pieces_of_gram(grads, z, thetas, compute: str, cross: bool, first: int, last: int):
+def _pieces_of_gram(grads, z, thetas, compute: str, first: int, last: int):
     m = grads.m
     with_z, with_thetas = z is not None, thetas is not None
     table = np.concatenate([grads.table, z.table]) if with_z else grads.table
     passes = [(_gram_kernel(m, grads.dtype, compute, with_z), table, _gram_size(m, with_z))]
     if with_thetas:
         passes.append((_gram_kernel(m, grads.dtype, "float64", False), thetas.table, _gram_size(m, False)))
-    if with_thetas and cross:
-        both = np.concatenate([thetas.table, grads.table])
-        passes.append((_gram_kernel_of("cross", grads.dtype), both, _cross_size(m)))
     return _over_blocks(passes, m, grads.n, grads.itemsize, first, last)
+
+
+def _pieces_of_joint(thetas, grads, first: int, last: int):
+    table = np.concatenate([thetas.table, grads.table])
+    passes = [(_gram_kernel_of("joint", grads.dtype), table, joint_size(grads.m))]
+    return _over_blocks(passes, grads.m, grads.n, grads.itemsize, first, last)
 
 
 def _over_blocks(passes, m: int, n: int, itemsize: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,15 +131,19 @@ def _pieces(first: int, last: int, count: int, helpers: int, numbers: int) -> np
     return np.array(pieces, np.int64).reshape(-1, 2)
 
 
-def unpacked(values: np.ndarray, m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> RawGram:
+def unpacked(values: np.ndarray, m: int, *, with_z: bool, with_thetas: bool) -> RawGram:
     """K, b and the norms, from the part of all blocks."""
     size = _gram_size(m, with_z)
     raw = RawGram(m, _unpacked(values[:size], m, with_z))
     if not with_thetas:
         return raw
-    end = size + _gram_size(m, False)
-    raw = raw._replace(of_thetas=_unpacked(values[size:end], m, False))
-    return raw._replace(cross=_from_square(values[end:], m)) if with_cross else raw
+    return raw._replace(of_thetas=_unpacked(values[size:], m, False))
+
+
+def unpacked_joint(values: np.ndarray, m: int) -> RawGram:
+    """As `unpacked`, of the joint Gram."""
+    every = _from_triangle(values, 2 * m + 2)
+    return RawGram(m, every[m + 1 :, m + 1 :], every[: m + 1, : m + 1], every[:m, m + 1 :])
 
 
 def row_products(grads, row, reference) -> tuple[np.ndarray, float]:
@@ -140,9 +157,14 @@ def row_products(grads, row, reference) -> tuple[np.ndarray, float]:
     return values[:-1], float(values[-1])
 
 
-def part_size(m: int, *, with_z: bool, with_thetas: bool, with_cross: bool) -> int:
+def part_size(m: int, *, with_z: bool, with_thetas: bool) -> int:
     """Numbers in one part."""
-    return _gram_size(m, with_z) + with_thetas * _gram_size(m, False) + with_cross * _cross_size(m)
+    return _gram_size(m, with_z) + with_thetas * _gram_size(m, False)
+
+
+def joint_size(m: int) -> int:
+    """Numbers in one part of the joint Gram."""
+    return _triangle_size(2 * m + 2)
 
 
 def _level_that_fits(numbers: int, count: int) -> int:
@@ -168,10 +190,6 @@ def _triangle_size(rows: int) -> int:
 
 def _gram_size(m: int, with_z: bool) -> int:
     return len(_pairs(m, with_z)) if m <= STRAIGHT else _triangle_size(m + 1 + with_z)
-
-
-def _cross_size(m: int) -> int:
-    return (TILE * _tiles(m)) ** 2
 
 
 def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
@@ -202,13 +220,6 @@ def _from_triangle(values: np.ndarray, rows: int) -> np.ndarray:
     return full.reshape(side * TILE, side * TILE)[:rows, :rows]
 
 
-def _from_square(values: np.ndarray, rows: int) -> np.ndarray:
-    """The (rows, rows) matrix from all its tiles, row after row of tiles."""
-    side = _tiles(rows)
-    tiles = values.reshape(side, side, TILE, TILE)
-    return tiles.transpose(0, 2, 1, 3).reshape(side * TILE, side * TILE)[:rows, :rows]
-
-
 @cache
 def _gram_kernel(m: int, storage: str, compute: str, with_z: bool) -> int:
     """Compiled for exactly m rows up to STRAIGHT, for any number of them above."""
@@ -224,7 +235,7 @@ def _tiled_kernel(storage: str, compute: str, with_z: bool) -> int:
 
 @cache
 def _gram_kernel_of(kind: str, storage: str) -> int:
-    """Compiled for any number of rows: the "cross" products of two stacks, or those of one "row" with the others."""
+    """Compiled for any number of rows: the "joint" products of two stacks, or those of one "row" with the others."""
     return kernel(_gram_run, kind, 0, storage, "float64", 0)
 
 
@@ -370,31 +381,23 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
         ITEMSIZE[storage.literal_value],
         lanes(compute.literal_value),
     )
-    extra = 1 + with_z.literal_value
+    extra, joint = 1 + with_z.literal_value, kind.literal_value == "joint"
 
     def tiled(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-        steps = strips * (STRIP // width)
+        steps, rows, given = strips * (STRIP // width), m + extra, m
         _centre(storage, compute, m, table, offset, steps, scratch, extra - 1)
-        side, done = (m + extra + TILE - 1) // TILE, 0
+        if joint:
+            _centre(storage, compute, m, table + 8 * m, offset, steps, scratch + rows * row, 0)
+            rows, given = 2 * rows, 2 * m
+        side, done = (rows + TILE - 1) // TILE, 0
         tiles, next_block = side * (side + 1) // 2, (offset + BLOCK) * size
         for i in range(side):
             for j in range(i, side):
                 left, right = scratch + i * TILE * row, scratch + j * TILE * row
-                ahead = _row_address(table, min(done, m - 1)) + next_block
-                also = _row_address(table, min(done + tiles, m - 1)) + next_block
+                ahead = _row_address(table, min(done, given - 1)) + next_block
+                also = _row_address(table, min(done + tiles, given - 1)) + next_block
                 _tile(storage, compute, left, right, steps, ahead, also, sums + done * TILE * TILE * 8)
                 done += 1
-
-    def cross(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-        steps, side = strips * (STRIP // width), (m + TILE - 1) // TILE
-        thetas, grads = scratch, scratch + (m + TILE) * row
-        _centre(storage, compute, m, table, offset, steps, thetas, 0)
-        _centre(storage, compute, m, table + 8 * m, offset, steps, grads, 0)
-        for i in range(side):
-            for j in range(side):
-                left, right = thetas + i * TILE * row, grads + j * TILE * row
-                _tile(storage, compute, left, right, steps, left, left, sums)
-                sums += TILE * TILE * 8
 
     def of_row(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
         steps = strips * (STRIP // width)
@@ -408,7 +411,7 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
             _multiply_rows(1, storage, compute, table, k, offset, steps, difference, reference, sums)
             k += 1
 
-    return {"tiled": tiled, "cross": cross, "row": of_row}[kind.literal_value]
+    return of_row if kind.literal_value == "row" else tiled
 
 
 @intrinsic(prefer_literal=True)
@@ -670,7 +673,7 @@ def _combine_on_threads(team, helpers, code, thetas, grads, last, c, tau, beta, 
     m = thetas.size
     table = np.empty(2 * m + last.size, np.int64)
     table[:m], table[m : 2 * m], table[2 * m :] = thetas, grads, last
-    weights = _weights(last.size == 0, c, tau, beta)
+    weights = _weights(last.size == 0, m, c, tau, beta)
     state = np.zeros(2, np.int64)  # pieces taken, whether a value is not finite
     streamed = n * itemsize >= STREAMED_BYTES
     # Stores that bypass the cache must be aligned: blocks then begin on cache lines, the first one before the array.
@@ -731,18 +734,18 @@ def _combine_run(job, storage, compute, base, others):
 
 
 @jit
-def _weights(of_mean, c, tau, beta):
-    """p, q and the factor of g_0, after c has been made to sum to zero."""
-    m = c.size
-    mean = c.sum() / m
+def _weights(of_mean, m, c, tau, beta):
+    """p, q and the factor of g_0, after c has been made to sum to zero; c (2m,) holds one for Θ and one for G."""
+    of_thetas, of_grads = c[:m], c[c.size - m :]
+    mean, mean_of_grads = of_thetas.sum() / m, of_grads.sum() / m
     weights = np.empty(2 * m + 1)
     for k in range(m):
         if of_mean:
-            weights[k] = 1 / m - tau * (c[k] - mean)
-            weights[m + k] = beta * (c[k] - mean - 1 / m)
+            weights[k] = 1 / m - tau * (of_thetas[k] - mean)
+            weights[m + k] = beta * (of_grads[k] - mean_of_grads - 1 / m)
         else:
-            weights[k] = c[k] - mean
-            weights[m + k] = mean - c[k]
+            weights[k] = of_thetas[k] - mean
+            weights[m + k] = mean_of_grads - of_grads[k]
     weights[2 * m] = -beta
     return weights
 
@@ -875,9 +878,9 @@ def _step_on_threads(
     spectrum.decide(*found, cutoff, largest_rank, lr, lr_rest, sigma_cap, record)
     if guarded and record[STATUS] != GO:
         return True
-    c = record[(HEADER + record.size) // 2 :]
+    weights = record[HEADER + m :]
     verdict = _combine_on_threads(
-        team, helpers, combine_code, thetas, grads, NO_ROW, c, record[LR], record[LR_REST], out, n, itemsize
+        team, helpers, combine_code, thetas, grads, NO_ROW, weights, record[LR], record[LR_REST], out, n, itemsize
     )
     record[RESULT] = verdict == 0
     return verdict >= 0

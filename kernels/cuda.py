@@ -16,6 +16,7 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 LIMIT = 64  # workers up to which the kernels do all the work; beyond, a BLAS multiplies and cuSOLVER diagonalises
+JOINT_LIMIT = 48  # of the joint Gram, for its products to fit the shared memory of compute capability 7.5
 STRAIGHT = {"float32": 12, "float64": 8}  # workers whose products fit into a thread's registers
 CAPS = (None, "sigma", "curvature")
 
@@ -221,20 +222,19 @@ def gram_kind(m: int, compute: str, with_z: bool) -> dict[str, Any]:
     }
 
 
-def cross_kind(m: int, compute: str) -> dict[str, Any]:
-    """As `gram_kind`, for ΘᵀG."""
-    pairs, coordinates = (-(-m // _SIDE)) ** 2, 32 if compute == "float32" else 16
-    shape = shape_of_tiles(pairs, coordinates)
-    return {"KIND": "CROSS", "THREADS": shape.threads, "SPLITS": shape.splits, "COORDINATES": coordinates}
+def joint_kind(m: int) -> dict[str, Any]:
+    """As `gram_kind`, for the products of Θ, θ̄, G and ḡ in float64."""
+    coordinates = 16
+    shape = shape_of_tiles(math.comb(-(-2 * (m + 1) // _SIDE) + 1, 2), coordinates)
+    return {"KIND": "JOINT", "THREADS": shape.threads, "SPLITS": shape.splits, "COORDINATES": coordinates}
 
 
 def products(m: int, kind: dict[str, Any]) -> int:
     """Numbers in one block's part."""
     if kind["KIND"] == "STRAIGHT":
         return m * (m + 1) // 2 + m + 1 + kind["WITH_Z"]
-    if kind["KIND"] == "CROSS":
-        return (_SIDE * -(-m // _SIDE)) ** 2
-    return _SIDE**2 * math.comb(-(-(m + 1 + kind["WITH_Z"]) // _SIDE) + 1, 2)
+    rows = 2 * (m + 1) if kind["KIND"] == "JOINT" else m + 1 + kind["WITH_Z"]
+    return _SIDE**2 * math.comb(-(-rows // _SIDE) + 1, 2)
 
 
 def gram(rows: Any, z: Any, *, compute: str, matrix: Any, projection: Any, scalars: Any) -> None:
@@ -243,16 +243,17 @@ def gram(rows: Any, z: Any, *, compute: str, matrix: Any, projection: Any, scala
     macros, shift = _macros(rows, compute, [rows.table] if z is None else [rows.table, z.table], **kind)
     arguments = (_table(rows), _address(z), np.int64(rows.n), shift)
     parts, blocks = _parts("gram", macros, arguments, rows)
-    _finish(rows, kind, parts, blocks, matrix, projection, scalars)
+    _finish(rows, kind, parts, blocks, (0, 0), (matrix, projection, scalars))
 
 
-def cross(thetas: Any, grads: Any, *, compute: str, matrix: Any) -> None:
-    """Write ΘᵀG (m, m) of up to 64 workers."""
-    kind = cross_kind(grads.m, compute)
-    macros, shift = _macros(grads, compute, [thetas.table, grads.table], **kind)
+def joint(thetas: Any, grads: Any, *, of_thetas: Any, cross: Any, of_grads: Any) -> None:
+    """Write, as `gram` does, ΘᵀΘ, ΘᵀG with Θᵀḡ, and K with b of up to JOINT_LIMIT workers, from one pass."""
+    m, kind = grads.m, joint_kind(grads.m)
+    macros, shift = _macros(grads, "float64", [thetas.table, grads.table], **kind)
     arguments = (_table(thetas), _table(grads), np.int64(grads.n), shift)
-    parts, blocks = _parts("cross", macros, arguments, grads)
-    _finish(grads, kind, parts, blocks, matrix, None, None)
+    parts, blocks = _parts("joint", macros, arguments, grads)
+    for corner, target in (((0, 0), of_thetas), ((0, m + 1), cross), ((m + 1, m + 1), of_grads)):
+        _finish(grads, kind, parts, blocks, corner, target)
 
 
 def _parts(name: str, macros: dict[str, Any], arguments: tuple, rows: Any) -> tuple[Any, int]:
@@ -269,12 +270,12 @@ def _parts(name: str, macros: dict[str, Any], arguments: tuple, rows: Any) -> tu
 
 
 def _finish(
-    rows: Any, kind: dict[str, Any], parts: Any, blocks: int, matrix: Any, projection: Any, scalars: Any
+    rows: Any, kind: dict[str, Any], parts: Any, blocks: int, corner: tuple[int, int], target: tuple[Any, Any, Any]
 ) -> None:
     macros, _ = _macros(rows, "float64", [np.zeros(1, np.int64)], **kind | {"THREADS": _FINISH_THREADS})
     shared = 8 * products(rows.m, kind)
     kernel = _compiled("spectrum.cu", "finish", shared, **macros)
-    arguments = (parts, np.int32(blocks), matrix, projection, scalars)
+    arguments = (parts, np.int32(blocks), *map(np.int32, corner), *target)
     kernel((1,), (_FINISH_THREADS,), arguments, shared_mem=shared)
 
 
@@ -288,11 +289,11 @@ def large_gram(rows: Any, z: Any, *, compute: str) -> Any:
 
 
 def large_cross(thetas: Any, grads: Any) -> Any:
-    """ΘᵀG (m, m) of any number of workers, on the device."""
+    """ΘᵀG and, in the last column, Θᵀḡ (m, m + 1) of any number of workers, on the device."""
     m = grads.m
-    total = cupy().zeros((m, m), np.float64)
+    total = cupy().zeros((m, m + 1), np.float64)
     for left, right in zip(_centred(thetas, None, "float64"), _centred(grads, None, "float64"), strict=True):
-        total += cupy().matmul(left[:, :m], right[:, :m].transpose(0, 2, 1)).sum(axis=0, dtype=np.float64)
+        total += cupy().matmul(left[:, :m], right.transpose(0, 2, 1)).sum(axis=0, dtype=np.float64)
     return total
 
 
@@ -326,7 +327,7 @@ def spectrum_shape(m: int) -> tuple[int, int]:
 def spectrum(
     gram: Any, *, cutoff: float, max_rank: int | None, lr: float, lr_rest, lr_cap, record, vectors=None
 ) -> None:
-    """Write the record of a step (HEADER + 2m,), and V (m, m) where wanted; gram holds arrays on the device."""
+    """Write the record of a step, and V (m, m) where wanted; gram holds arrays on the device."""
     m = gram.projection.size
     threads, shared = spectrum_shape(m)
     kernel = _compiled(
@@ -350,7 +351,10 @@ def spectrum(
 def combine(
     thetas, grads, c, *, tau=0.0, beta=0.0, z=None, out, compute: str, record=None, guarded: bool = False
 ) -> None:
-    """Write the combination to `out`; τ and β come from the record where there is one, which then takes the verdict."""
+    """Write the combination to `out`, with c (m,) or two of them for Θ and G.
+
+    τ and β come from the record where there is one, which then takes the verdict.
+    """
     tables = [thetas.table, grads.table] if z is None else [thetas.table, grads.table, z.table]
     threads = _STREAM_THREADS * 2
     macros, shift = _macros(thetas, compute, tables, WITH_Z=int(z is not None), THREADS=threads)
@@ -362,7 +366,7 @@ def combine(
     wide = np.int32(_address(out) % 16 == 0)
     arguments = (
         _table(thetas), _table(grads), _address(z), _address(out), np.int32(thetas.m), np.int64(thetas.n), shift, wide,
-        c, np.float64(tau), np.float64(beta), record, np.int32(guarded),
+        c, np.int32(c.size - thetas.m), np.float64(tau), np.float64(beta), record, np.int32(guarded),
     )  # fmt: skip
     kernel((blocks,), (threads,), arguments)
 

@@ -87,17 +87,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 #endif
 
-#if KIND == TILED || KIND == CROSS
+#if KIND == TILED || KIND == JOINT
 // More workers: a stretch of COORDINATES is centred into shared memory, and its products are split over the threads in
-// blocks of SIDE × SIDE.  TILED forms those of the rows g_i − ḡ, ḡ (and z) among themselves, on and above the diagonal;
-// CROSS those of θ_i − θ̄ with g_j − ḡ.  SPLITS threads share a block of products, each with its own coordinates.
-// A block's products are (q, r) of rows t + q·LEFT and u + r·RIGHT: neighbouring threads then read neighbouring rows,
-// which PITCH puts into different banks.
+// blocks of SIDE × SIDE on and above the diagonal.  TILED forms those of the rows g_i − ḡ, ḡ (and z) among themselves,
+// JOINT those of the rows θ_i − θ̄, θ̄, g_i − ḡ, ḡ.  SPLITS threads share a block of products, each with its own
+// coordinates.  A block's products are (q, r) of rows t + q·LEFT and u + r·LEFT: neighbouring threads then read
+// neighbouring rows, which PITCH puts into different banks.
 constexpr int SIDE = 4;
-constexpr int LEFT = (M + (KIND == TILED) * (1 + WITH_Z) + SIDE - 1) / SIDE;
-constexpr int RIGHT = KIND == TILED ? LEFT : (M + SIDE - 1) / SIDE;
-constexpr int PAIRS = KIND == TILED ? LEFT * (LEFT + 1) / 2 : LEFT * RIGHT;
-constexpr int ROWS = SIDE * (KIND == TILED ? LEFT : LEFT + RIGHT);
+constexpr int BASE = KIND == JOINT ? M + 1 : 0;  // the first row of the gradients
+constexpr int LEFT = (BASE + M + 1 + WITH_Z + SIDE - 1) / SIDE;
+constexpr int PAIRS = LEFT * (LEFT + 1) / 2;
+constexpr int ROWS = SIDE * LEFT;
 constexpr int PITCH = COORDINATES + SIDE;
 constexpr int ACROSS = COORDINATES / GROUP;  // threads that load one row
 constexpr int DOWN = THREADS / ACROSS < M ? THREADS / ACROSS : M;  // rows that are loaded at once
@@ -160,7 +160,7 @@ __device__ __forceinline__ void multiply(Real (&sums)[SIDE][SIDE], const Real (*
 #pragma unroll
     for (int q = 0; q < SIDE; ++q) {
       a[q] = quad(&left[q * LEFT][c]);
-      b[q] = quad(&right[q * RIGHT][c]);
+      b[q] = quad(&right[q * LEFT][c]);
     }
 #pragma unroll
     for (int q = 0; q < SIDE; ++q)
@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if KIND == TILED
     gram(const __grid_constant__ Rows grads, const Stored* z, i64 n, int shift, double* parts) {
 #else
-    cross(const __grid_constant__ Rows thetas, const __grid_constant__ Rows grads, i64 n, int shift, double* parts) {
+    joint(const __grid_constant__ Rows thetas, const __grid_constant__ Rows grads, i64 n, int shift, double* parts) {
 #endif
   FN_DYN_SHARED(double, total);
   FN_SHARED(Quad, memory, [ROWS][PITCH / SIDE]);
@@ -202,26 +202,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   const int pair = threadIdx.x % PAIRS, split = threadIdx.x / PAIRS;
   int t = 0, u = pair;
-  if (KIND == TILED)
-    for (; u >= LEFT - t; ++t) u -= LEFT - t;
-  else
-    t = pair / RIGHT;
-  u = KIND == TILED ? t + u : pair % RIGHT;
-  const Real(*left)[PITCH] = tile + t, (*right)[PITCH] = tile + u + (KIND == TILED ? 0 : SIDE * LEFT);
+  for (; u >= LEFT - t; ++t) u -= LEFT - t;
+  u += t;
+  const Real(*left)[PITCH] = tile + t, (*right)[PITCH] = tile + u;
 
   Real sums[SIDE][SIDE] = {};
   int run = 0;
   Words words[TURNS];
   fetch(words, grads, i64(blockIdx.x) * COORDINATES, n, shift);
-#if KIND == CROSS
+#if KIND == JOINT
   Words others[TURNS];
   fetch(others, thetas, i64(blockIdx.x) * COORDINATES, n, shift);
 #endif
   for (i64 first = i64(blockIdx.x) * COORDINATES; first < n; first += i64(gridDim.x) * COORDINATES) {
     const i64 next = first + i64(gridDim.x) * COORDINATES;
-#if KIND == TILED
-    centre(words, sums_down, mean, tile);
+#if KIND == JOINT
+    centre(others, sums_down, mean, tile);
     for (int c = threadIdx.x; c < COORDINATES; c += THREADS) tile[M][c] = mean[c];
+    __syncthreads();
+    fetch(others, thetas, next, n, shift);
+#endif
+    centre(words, sums_down, mean, tile + BASE);
+    for (int c = threadIdx.x; c < COORDINATES; c += THREADS) tile[BASE + M][c] = mean[c];
 #if WITH_Z
     if (threadIdx.x < ACROSS) {
       const i64 c = first + threadIdx.x * GROUP;
@@ -229,12 +231,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
       for (int v = 0; v < GROUP; ++v) tile[M + 1][threadIdx.x * GROUP + v] = value(last, v);
     }
-#endif
-#else
-    centre(others, sums_down, mean, tile);
-    __syncthreads();
-    centre(words, sums_down, mean, tile + SIDE * LEFT);
-    fetch(others, thetas, next, n, shift);
 #endif
     fetch(words, grads, next, n, shift);
     __syncthreads();

@@ -1,4 +1,5 @@
-// The numbers that a step leaves on the device for `info`, all float64: this header, then σ (m) and c (m).
+// The numbers that a step leaves on the device for `info`, all float64: this header, then σ, the weights of Θ and
+// c, m each.
 #pragma once
 
 enum Record {
@@ -9,7 +10,8 @@ enum Record {
   CAPTURED,  // ‖U_jᵀz‖²/‖z‖²
   SWEEPS,    // of the eigenproblem
   RESULT,    // not zero if θ_new is not finite
-  SPARE,
+  REASON,    // what safeguards found
+  FALLBACK,  // the step length of averaged SGD in its place
   HEADER
 };
 

@@ -1,5 +1,10 @@
-"""What a step did, as it is kept in memory: float64 numbers before σ (m,) and c (m,); record.cuh is the same list."""
+"""What a step did, as it is kept in memory: float64 numbers before σ, the weights of Θ and c, (m,) each.
 
-HEADER = 8
-STATUS, RANK, LR, LR_REST, CAPTURED, SWEEPS, RESULT = range(7)
+record.cuh is the same list.
+"""
+
+HEADER = 9
+STATUS, RANK, LR, LR_REST, CAPTURED, SWEEPS, RESULT, REASON, FALLBACK = range(HEADER)
 GO, NOT_FINITE, NOT_CONVERGED = range(3)  # what STATUS says of K
+REASONS = ("accepted", "curvature", "newton_norm", "coefficient", "cosine", "nonfinite")
+ACCEPTED, CURVATURE, NEWTON_NORM, COEFFICIENT, COSINE, NONFINITE = range(len(REASONS))

@@ -1,6 +1,7 @@
 // finish and spectrum: from the blocks' parts to the coefficients and the step length, all of it float64.
 //
-// finish      K = CAC, b = Ca and the norms, from the sums A over all blocks; C = I − 11ᵀ/m.
+// finish      K = CAC, b = Ca and the norms, from the sums A over all blocks; C = I − 11ᵀ/m.  A begins at row `top` and
+//             column `left` of all products: of Θ, θ̄, G and ḡ, ΘᵀΘ, ΘᵀG and K begin at (0, 0), (0, m + 1), (m + 1, m + 1).
 // spectrum    K = V diag(σ²) Vᵀ, j, c = V_j diag(σ_j⁻²) V_jᵀ b and τ; see fastnewton/eigen.py for the equations.
 // Shapes      parts: (products, blocks); matrix: (m, m); projection: (m,); scalars: zᵀz and 2·eps·‖ḡ‖; vectors: (m, m),
 //             column k is v_k.
@@ -16,7 +17,7 @@ __device__ __forceinline__ void sync() {
     __syncthreads();
 }
 
-#if KIND == STRAIGHT || KIND == TILED || KIND == CROSS
+#if KIND == STRAIGHT || KIND == TILED || KIND == JOINT
 #ifndef WITH_Z
 #define WITH_Z 0
 #endif
@@ -31,7 +32,7 @@ constexpr double EPS = 1.0 / (1 << 10);
 constexpr double EPS = 1.0 / (1 << 7);
 #endif
 
-// Where gram.cu puts the product of rows i and j; row M is the mean, row M + 1 is z.
+// Where gram.cu puts the product of rows i and j; row M is the mean, row M + 1 is z or, in JOINT, the first of G.
 #if KIND == STRAIGHT
 constexpr int PRODUCTS = M * (M + 1) / 2 + M + 1 + WITH_Z;
 
@@ -42,13 +43,12 @@ __device__ __forceinline__ int place(int i, int j) {
 }
 #else
 constexpr int SIDE = 4;
-constexpr int LEFT = (M + (KIND == TILED) * (1 + WITH_Z) + SIDE - 1) / SIDE;
-constexpr int PAIRS = KIND == TILED ? LEFT * (LEFT + 1) / 2 : LEFT * LEFT;
+constexpr int LEFT = ((KIND == JOINT) * (M + 1) + M + 1 + WITH_Z + SIDE - 1) / SIDE;
+constexpr int PAIRS = LEFT * (LEFT + 1) / 2;
 constexpr int PRODUCTS = PAIRS * SIDE * SIDE;
 
 __device__ __forceinline__ int place(int i, int j) {
   int t = i % LEFT, q = i / LEFT, u = j % LEFT, r = j / LEFT;
-  if (KIND == CROSS) return (q * SIDE + r) * PAIRS + t * LEFT + u;
   if (t > u) {
     const int other_t = t, other_q = q;
     t = u, q = r, u = other_t, r = other_q;
@@ -58,7 +58,7 @@ __device__ __forceinline__ int place(int i, int j) {
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    finish(const double* parts, int blocks, double* matrix, double* projection, double* scalars) {
+    finish(const double* parts, int blocks, int top, int left, double* matrix, double* projection, double* scalars) {
   FN_DYN_SHARED(double, total);
   FN_SHARED(double, row, [M]);
   FN_SHARED(double, column, [M]);
@@ -73,8 +73,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     row[i] = column[i] = 0;
 #pragma unroll 4
     for (int j = 0; j < M; ++j) {
-      row[i] += total[place(i, j)];
-      column[i] += total[place(j, i)];
+      row[i] += total[place(top + i, left + j)];
+      column[i] += total[place(top + j, left + i)];
     }
   }
   __syncthreads();
@@ -84,19 +84,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   mean /= M * M;
   for (int p = threadIdx.x; p < M * M; p += THREADS) {
     const int i = p / M, j = p % M;
-    matrix[p] = total[place(i, j)] - (row[i] + column[j]) / M + mean;
+    matrix[p] = total[place(top + i, left + j)] - (row[i] + column[j]) / M + mean;
   }
-#if KIND != CROSS
   constexpr int LAST = M + WITH_Z;
   double along = 0;
 #pragma unroll 4
-  for (int i = 0; i < M; ++i) along += total[place(i, LAST)];
-  for (int i = threadIdx.x; i < M; i += THREADS) projection[i] = total[place(i, LAST)] - along / M;
+  for (int i = 0; i < M; ++i) along += total[place(top + i, left + LAST)];
+  for (int i = threadIdx.x; i < M; i += THREADS)
+    projection[i] = total[place(top + i, left + LAST)] - along / M;
   if (threadIdx.x == 0) {
-    scalars[0] = total[place(LAST, LAST)];
-    scalars[1] = 2 * EPS * sqrt(total[place(M, M)]);
+    scalars[0] = total[place(top + LAST, left + LAST)];
+    scalars[1] = 2 * EPS * sqrt(total[place(top + M, left + M)]);
   }
-#endif
 }
 #endif
 
@@ -252,17 +251,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   FN_SHARED(int, flag, [1]);
   FN_SHARED(int, kept, [1]);
   double *a = memory, *vectors = memory + TRIANGLE;
-  double *sigma_out = record + HEADER, *c_out = sigma_out + M;
+  double *sigma_out = record + HEADER, *weights = sigma_out + M, *c_out = weights + M;
 
   const bool finite = all_finite(matrix, M * M), floor_is_finite = all_finite(floor, 1);
   if (!finite || !floor_is_finite) {
     const double nan = __longlong_as_double(0x7ff8000000000000ll);
-    for (int k = threadIdx.x; k < M; k += THREADS) sigma_out[k] = c_out[k] = nan;
+    for (int k = threadIdx.x; k < M; k += THREADS) sigma_out[k] = weights[k] = c_out[k] = nan;
     if (vectors_out)
       for (int p = threadIdx.x; p < M * M; p += THREADS) vectors_out[p] = nan;
     if (threadIdx.x == 0) {
       record[STATUS] = NOT_FINITE;
-      record[RANK] = record[CAPTURED] = record[SWEEPS] = record[RESULT] = record[SPARE] = 0;
+      record[RANK] = record[CAPTURED] = record[SWEEPS] = record[RESULT] = record[REASON] = record[FALLBACK] = 0;
       record[LR] = lr;
       record[LR_REST] = isnan(lr_rest) ? lr : lr_rest;
     }
@@ -304,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     record[RANK] = rank;
     record[CAPTURED] = *norm2 != 0 ? fmin(1.0, captured / *norm2) : 0;
     record[SWEEPS] = sweeps;
-    record[RESULT] = record[SPARE] = 0;
+    record[RESULT] = record[REASON] = record[FALLBACK] = 0;
   }
   sync();
   const int rank = kept[0];
@@ -319,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   for (int i = 0; i < M; ++i) mean += a[i];
   mean /= M;
   for (int i = threadIdx.x; i < M; i += THREADS) {
-    c_out[i] = a[i] - mean;
+    weights[i] = c_out[i] = a[i] - mean;
     sigma_out[i] = sigma[i];
   }
   if (vectors_out)

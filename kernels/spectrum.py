@@ -86,7 +86,7 @@ def _is_finite(matrix):
 def decide(matrix, projection, norm2, floor, cutoff, largest_rank, lr, lr_rest, sigma_cap, record):
     """Write what follows from K alone to the record of a step, as `eigen.decide` does; a NaN for lr_rest means τ."""
     m, tau = projection.size, lr
-    sigma, c = record[HEADER : HEADER + m], record[HEADER + m :]
+    sigma, c = record[HEADER : HEADER + m], record[HEADER + 2 * m :]
     record[:] = 0
     if math.isfinite(floor) and _is_finite(matrix):
         sigma[:], _, rank, c[:], record[CAPTURED] = _spectrum(matrix, projection, norm2, cutoff, floor, largest_rank)
@@ -95,6 +95,7 @@ def decide(matrix, projection, norm2, floor, cutoff, largest_rank, lr, lr_rest, 
             tau = min(lr, 1 / sigma[0])
     else:
         sigma[:], c[:], record[STATUS] = np.nan, np.nan, NOT_FINITE
+    record[HEADER + m : HEADER + 2 * m] = c
     record[LR], record[LR_REST] = tau, tau if math.isnan(lr_rest) else lr_rest
 
 

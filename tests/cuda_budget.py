@@ -71,6 +71,7 @@ def launched(dtype, m, *, apart=0):
     size = ITEMSIZE[dtype]
     rows = Rows(4096 * size * (1 + np.arange(m)) + apart * size * np.arange(m), 1001, dtype, "cupy", None)
     one = rows._replace(table=rows.table[:1])
+    c, nothing = np.zeros(m), (None, None, None)
     compute = "float64" if dtype == "float64" else "float32"
     with (
         mock.patch.object(cuda, "cupy", return_value=device),
@@ -79,7 +80,7 @@ def launched(dtype, m, *, apart=0):
     ):
         try:
             for z in (None, one):
-                cuda.combine(rows, rows, None, z=z, out=one, compute=compute)
+                cuda.combine(rows, rows, c, z=z, out=one, compute=compute)
             cuda.finite_rows(rows)
             if m > cuda.LIMIT:
                 list(cuda._centred(rows, None, compute))
@@ -88,8 +89,9 @@ def launched(dtype, m, *, apart=0):
             for z in (None, one):
                 cuda.gram(rows, z, compute=compute, **nowhere)
             cuda.gram(rows, None, compute="float64", **nowhere)
-            cuda.combine(rows, rows, None, out=one, compute="float64")
-            cuda.cross(rows, rows, compute="float64", matrix=None)
+            cuda.combine(rows, rows, c, out=one, compute="float64")
+            if m <= cuda.JOINT_LIMIT:
+                cuda.joint(rows, rows, of_thetas=nothing, cross=nothing, of_grads=nothing)
             gram = Gram(np.empty((m, m)), np.empty(m), None, None)
             cuda.spectrum(gram, cutoff=0.1, max_rank=None, lr=1.0, lr_rest=None, lr_cap=None, record=None)
         finally:

@@ -90,6 +90,9 @@ def check_every_option_has_its_effect(comm):
         {"lr_cap": "curvature", "cutoff": 1e-5, "lr_rest": 0.25},
         {"nonfinite": "drop"},
         {"nonfinite": "propagate"},
+        {"safeguards": fn.Safeguards()},
+        {"safeguards": fn.Safeguards(curvature="abs", max_newton_norm=0.5), "cutoff": 1e-5, "lr_rest": 0.25},
+        {"safeguards": fn.Safeguards(max_coefficient=1e-9), "lr_cap": "curvature"},
     ]
     for dtype in (np.float32, np.float64):
         thetas, grads = data(comm, 3000, dtype)
@@ -238,6 +241,30 @@ def _error_of_one_process(*arguments, **options):
     except fn.NonFiniteError as error:
         return type(error), str(error), error.workers
     return None
+
+
+def check_safeguards_decide_alike_and_count(comm):
+    thetas, grads = data(comm, 2500)
+    signs = (-1.0) ** np.arange(comm.size)[:, None]
+    broken = grads.copy()
+    broken[-1, 7] = np.nan
+    for what, second, lr in (
+        ("as usual", grads, 0.5),
+        ("products overflow", 1.5e200 * signs * (1 + abs(grads)), 1e-300),
+        ("the result overflows", grads, 1.5e308),
+        ("the last rank is dropped", broken, 0.5),
+    ):
+        if comm.size == 1 and what != "as usual":
+            continue  # no product, no other rank
+        guards, alone = (fn.Safeguards(curvature="abs", fallback_lr=1e-220) for _ in range(2))
+        with DistNewton(comm, lr=0.5, nonfinite="drop", safeguards=guards) as newton:
+            given = newton.step(thetas[comm.rank], second[comm.rank], lr=lr)
+            expect_step(comm, what, given, fn.step(thetas, second, lr=lr, nonfinite="drop", safeguards=alone))
+        expect(
+            comm,
+            guards.counts != alone.counts and f"{what}: {guards.counts}, not {alone.counts}",
+            "overflow" in what and given[1].reason != "nonfinite" and f"{what}: {given[1].reason}",
+        )
 
 
 # -- bad input ----------------------------------------------------------------------------------------------
@@ -656,6 +683,8 @@ def check_arrays_on_a_device(comm):
             (np.dtype(np.float64), 7, {"lr_cap": "curvature"}),
             (DTYPES["bfloat16"], 2000, {"lr_rest": 0.1}),
             (np.dtype(np.float32), 0, {}),
+            (np.dtype(np.float64), 2000, {"safeguards": fn.Safeguards(curvature="abs"), "cutoff": 1e-3}),
+            (np.dtype(np.float32), 2000, {"safeguards": fn.Safeguards(max_coefficient=1e-9), "lr_rest": 0.1}),
         ):
             what = f"{dtype} n={n} {options}"
             thetas, grads = data(comm, n, dtype)

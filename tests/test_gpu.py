@@ -92,7 +92,7 @@ def test_parts_of_the_step(cupy):
         found, wanted = (fn.step(*given, lr=0.5, lr_cap=lr_cap)[1].lr for given in ((thetas, grads), values))
         assert found == pytest.approx(wanted, rel=1e-9)
     gram, wanted = fn.gram(grads, thetas=thetas), fn.gram(values[1], thetas=values[0])
-    for name in ("matrix", "projection", "theta_matrix", "cross_matrix"):
+    for name in ("matrix", "projection", "theta_matrix", "cross_matrix", "cross_projection"):
         cupy.testing.assert_allclose(getattr(gram, name), getattr(wanted, name), rtol=1e-9, atol=1e-9)
     spectrum = fn.spectrum(gram)
     step = fn.step(thetas, grads, lr=0.5)[0]

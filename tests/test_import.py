@@ -55,6 +55,7 @@ def test_public_names():
     assert set(fn.__all__) == {
         "Gram",
         "NonFiniteError",
+        "Safeguards",
         "Spectrum",
         "StepInfo",
         "apply_inverse",

@@ -127,7 +127,7 @@ except RuntimeError as error:
 
 def test_parts_of_many_workers_stay_small():
     m, count = 1024, 1 << 20
-    numbers = cpu.part_size(m, with_z=False, with_thetas=True, with_cross=True)
+    numbers = cpu.part_size(m, with_z=False, with_thetas=True)
     pieces = cpu._pieces(0, count, count, 63, numbers)
     assert len(pieces) * numbers * 8 <= max(cpu.PARTS_BYTES, 2 * numbers * 8)
 

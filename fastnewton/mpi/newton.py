@@ -14,12 +14,13 @@ from mpi4py import MPI
 from fastnewton import arrays, eigen
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.info import StepInfo
+from fastnewton.info import StepInfo, size_of
 from fastnewton.kernels import threads
-from fastnewton.kernels.record import GO, HEADER, STATUS
+from fastnewton.kernels.record import GO, STATUS
 from fastnewton.launch import foreign_launcher
 from fastnewton.method import NonFiniteError, Options
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
+from fastnewton.safeguards import Safeguards
 
 EXCHANGES = ("allgather", "sharded", "auto")
 SHARDED_FROM = 1 << 18  # bytes of a gradient; measured: equal at 160 KiB with 4 ranks of one node, 800 KiB with 2
@@ -34,8 +35,8 @@ class DistNewton:
     ----------
     comm : mpi4py.MPI.Intracomm
         Duplicated, so that the caller's messages are never touched.
-    lr, cutoff, max_rank, lr_rest, lr_cap, nonfinite
-        As in `fastnewton.step`; the same on all ranks.
+    lr, cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards
+        As in `fastnewton.step`; the same on all ranks, each of which counts for itself.
     exchange : {"auto", "allgather", "sharded"}
         How data move; see `fastnewton.mpi`.  "auto" shards gradients of 256 KiB and more.
 
@@ -65,6 +66,7 @@ class DistNewton:
         lr_rest: float | None = None,
         lr_cap: str | None = None,
         nonfinite: str = "raise",
+        safeguards: Safeguards | None = None,
         exchange: str = "auto",
     ):
         if not isinstance(comm, MPI.Intracomm):
@@ -80,7 +82,7 @@ class DistNewton:
 
         def settle() -> tuple[float, Options]:
             arrays.choice(exchange, "exchange", EXCHANGES)
-            return arrays.real(lr, "lr"), Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
+            return arrays.real(lr, "lr"), Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
 
         settled, problem = _attempt(settle)
         try:
@@ -208,7 +210,7 @@ class DistNewton:
         like = given[0] if given else self._like
         with backend(like).context(like):
             self._exchange.start(like, *given)
-            info = self._round(np.arange(self._comm.size), tau, target, like, problem)
+            info = self._options.counted(self._round(np.arange(self._comm.size), tau, target, like, problem))
             return target.finish(), info
 
     def _round(self, workers: np.ndarray, tau: float, target: Any, like: Rows, problem: Any) -> StepInfo:
@@ -219,21 +221,20 @@ class DistNewton:
             info = self._decide(workers, tau, products, like, problem)
             if info.status == GO or options.nonfinite == "propagate":
                 exchange.finish(workers, info, target.rows, sums)
-            if options.nonfinite == "propagate" or info.is_sound:
+            if options.is_unchecked or info.is_sound:
                 return info
             if bad := exchange.nonfinite_workers(workers, like):
-                return self._without(bad, workers, tau, target, like)
+                return info if options.nonfinite == "propagate" else self._without(bad, workers, tau, target, like)
             if (products if info.status != GO else sums) == "float64":
-                raise NonFiniteError.overflow()
+                return options.overflowed(info, lambda last: exchange.finish(workers, last, target.rows, "float64"))
             products, sums = ("float64", sums) if info.status != GO else (products, "float64")
 
     def _decide(self, workers: np.ndarray, tau: float, compute: str, like: Rows, problem: Exception | None) -> StepInfo:
         """Rank 0's decision from the parts of all ranks."""
-        m, with_thetas = workers.size, self._options.lr_cap == "curvature"
-        total, problem = self._summed(workers, with_thetas, compute, like, problem)
-        record = np.zeros(HEADER + 2 * m)
+        total, problem = self._summed(workers, compute, like, problem)
+        record = np.zeros(size_of(workers.size))
         if total is not None:
-            gram = backend(like).total(*total, m, like.dtype, with_thetas)
+            gram = backend(like).total(*total, workers.size, like.dtype, self._options)
             record = eigen.decide(gram, tau, self._options).record
         elif self._comm.rank == 0:
             record[STATUS] = _BAD_INPUT
@@ -244,19 +245,19 @@ class DistNewton:
         return StepInfo(record)
 
     def _summed(
-        self, workers: np.ndarray, with_thetas: bool, compute: str, like: Rows, problem: Exception | None
+        self, workers: np.ndarray, compute: str, like: Rows, problem: Exception | None
     ) -> tuple[tuple[np.ndarray, np.ndarray] | None, Exception | None]:
         """On rank 0 places and parts of all ranks, or None if a rank has a problem; and this rank's problem."""
-        side, comm = backend(like), self._comm
+        side, comm, options = backend(like), self._comm, self._options
         bounds = block_bounds(comm, like)
         places = [side.places(*run, side.blocks(like.n)) for run in itertools.pairwise(bounds)]
-        width = side.part_size(workers.size, with_thetas)
+        width = side.part_size(workers.size, options)
         mine = np.zeros(1 + len(places[comm.rank]) * width)
 
         def parts() -> np.ndarray:
-            thetas = self._exchange.thetas(like).only(workers) if with_thetas else None
+            thetas = self._exchange.thetas(like).only(workers) if options.reads_thetas else None
             grads = self._exchange.grads(like).only(workers)
-            return side.parts(grads, thetas, compute, *bounds[comm.rank : comm.rank + 2])
+            return side.parts(grads, thetas, options, compute, *bounds[comm.rank : comm.rank + 2])
 
         if problem is None:
             found, problem = _attempt(parts)

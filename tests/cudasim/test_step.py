@@ -5,10 +5,10 @@ import pytest
 import reference
 import tolerances
 from fastnewton.kernels import cuda
+from fastnewton.kernels.record import NOT_CONVERGED, STATUS
 from problems import DTYPES, ill_conditioned, workers
 
 import fastnewton as fn
-from fastnewton.info import NOT_CONVERGED, STATUS
 
 from .checks import assert_step, distance, there
 from .module import schedule
@@ -127,7 +127,7 @@ def test_any_vector(rng, dtype, m):
     assert distance(found, expected.d) <= tolerances.of_inverse(expected, DTYPES[dtype], tolerances.computed_in(dtype))
 
 
-@pytest.mark.parametrize("m", [2, 8, 17])
+@pytest.mark.parametrize("m", [2, 8, 17, 48, 49])
 def test_gram_reads_both_arrays(rng, m):
     thetas, grads = workers(rng, m, 1001, np.float32)
     z = rng.standard_normal(1001).astype(np.float32)
@@ -136,9 +136,13 @@ def test_gram_reads_both_arrays(rng, m):
     q = reference.quantities(grads, thetas)
     assert (gram.matrix.host == alone.matrix.host).all()
     assert (gram.projection.host == alone.projection.host).all()
-    wanted = {"theta_matrix": q.Theta.T @ q.Theta, "cross_matrix": q.Theta.T @ q.G}
+    wanted = {
+        "theta_matrix": q.Theta.T @ q.Theta,
+        "cross_matrix": q.Theta.T @ q.G,
+        "cross_projection": q.Theta.T @ q.g_bar,
+    }
     for name, matrix in wanted.items():  # in float64: a thousand roundings of numbers below the norms
-        scale = np.linalg.norm(q.Theta) * max(np.linalg.norm(q.Theta), np.linalg.norm(q.G))
+        scale = np.linalg.norm(q.Theta) * max(np.linalg.norm(array) for array in (q.Theta, q.G, q.g_bar))
         assert np.abs(getattr(gram, name).host - matrix).max() <= 1e-13 * scale
     eps = 2.0**-23  # the floors are norms of means, computed in float32
     assert gram.floor.item() == pytest.approx(2 * eps * np.linalg.norm(q.g_bar), rel=1e-6)
@@ -153,6 +157,47 @@ def test_caps_on_the_step_length(rng, m, lr_cap):
     _, info = assert_step(thetas, grads, lr=50.0, lr_cap=lr_cap)
     assert info.lr == pytest.approx(reference.step(thetas, grads, lr=50.0, lr_cap=lr_cap).lr, rel=1e-10)
     assert info.lr < 50
+
+
+SAFEGUARDS = {
+    "accepted": {"curvature": "keep"},
+    "dropped": {"curvature": "drop"},
+    "reversed": {"curvature": "abs"},
+    "newton_norm": {"curvature": "abs", "max_newton_norm": 0.05},
+    "coefficient": {"max_coefficient": 1e-3},
+    "cosine": {"min_cosine": 0.999},
+}
+
+
+@pytest.mark.parametrize("guards", SAFEGUARDS)
+@pytest.mark.parametrize(("dtype", "m"), [("float32", 3), ("float16", 8), ("float64", 17), ("float32", 49)])
+def test_safeguards_decide_as_on_the_cpu(rng, dtype, m, guards):
+    thetas = rng.standard_normal((m, 700))
+    grads = thetas * rng.choice([-1.0, 1.0, 2.0], 700)  # an indefinite Hessian
+    thetas, grads = (given.astype(DTYPES[dtype]) for given in (thetas, grads))
+    guards = fn.Safeguards(**({"min_cosine": None} | SAFEGUARDS[guards]))
+    options = {"lr": 0.7, "lr_rest": 0.3, "safeguards": guards}
+    theta, info = fn.step(there(thetas), there(grads), **options)
+    expected, wanted = fn.step(thetas, grads, **options)
+    assert (info.reason, info.rank) == (wanted.reason, wanted.rank)
+    assert guards.counts == {info.reason: 2}
+    np.testing.assert_allclose(info.coefficients, wanted.coefficients, rtol=0, atol=1e-12)
+    assert (info.lr, info.lr_rest) == pytest.approx((wanted.lr, wanted.lr_rest), rel=1e-12)
+    # Decided in float64 on both sides; `combine` then adds 2m terms in other orders, and stores.
+    off = np.abs(theta.host.astype(np.float64) - expected.astype(np.float64)).max()
+    assert off <= (8 + 2 * m) * reference.eps_of(expected.dtype) * np.abs(thetas).max()
+
+
+def test_safeguards_fall_back_from_what_is_not_finite(rng):
+    thetas, grads = rng.standard_normal((2, 4, 300))
+    for second, lr in ((1e200 * (-1.0) ** np.arange(4)[:, None] * (1 + abs(grads)), 1.0), (grads, 1.5e308)):
+        guards = fn.Safeguards(fallback_lr=1e-200)
+        theta, info = fn.step(there(thetas), there(second), lr=lr, safeguards=guards)
+        assert info.reason == "nonfinite"
+        assert distance(theta, reference.averaged_sgd(thetas, second, 1e-200)) <= 1e-12
+    grads[2, 7] = np.nan
+    with pytest.raises(fn.NonFiniteError, match="worker 2"):
+        fn.step(there(thetas), there(grads), lr=0.5, safeguards=fn.Safeguards())
 
 
 @pytest.mark.parametrize("max_rank", [0, 1, 3])
