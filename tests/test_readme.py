@@ -12,12 +12,14 @@ README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readme_shows_numpy_torch_jax_mpi_and_the_server():
+def test_readme_shows_numpy_torch_jax_mpi_the_server_and_safeguards():
     libraries = [re.search(r"\b(torch|jax|mpi4py|numpy)\b", code)[0] for code, _ in EXAMPLES]
-    assert libraries == ["numpy", "torch", "jax", "mpi4py", "mpi4py", "mpi4py"]
+    assert libraries == ["numpy", "torch", "jax", "mpi4py", "mpi4py", "mpi4py", "numpy"]
 
 
-@pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=["numpy", "torch", "jax", "allgather", "sharded", "server"])
+@pytest.mark.parametrize(
+    ("code", "output"), EXAMPLES, ids=["numpy", "torch", "jax", "allgather", "sharded", "server", "safeguards"]
+)
 def test_readme_example_prints_what_the_readme_says(code, output, tmp_path):
     for library in ("torch", "jax", "mpi4py"):
         if f"import {library}" in code or f"from {library}" in code:
