@@ -6,20 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton.kernels.record import (
-    CAPTURED,
-    FALLBACK,
-    GO,
-    HEADER,
-    LR,
-    LR_REST,
-    NEWTON_NORM,
-    RANK,
-    REASON,
-    REASONS,
-    RESULT,
-    STATUS,
-)
+from fastnewton.kernels.record import CAPTURED, FALLBACK, GO, HEADER, LR, LR_REST, RANK, REASON, RESULT, STATUS
+
+REASONS = ("accepted", "curvature", "newton_norm", "coefficient", "cosine", "nonfinite")
+ACCEPTED, CURVATURE, NEWTON_NORM, COEFFICIENT, COSINE, NONFINITE = range(len(REASONS))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,8 +20,8 @@ from fastnewton import arrays
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.eigen import Gram, Spectrum
-from fastnewton.info import StepInfo
-from fastnewton.kernels.record import GO, NONFINITE
+from fastnewton.info import NONFINITE, StepInfo
+from fastnewton.kernels.record import GO
 from fastnewton.safeguards import Safeguards, checked
 
 PRECISE_CUTOFF = 1e-3  # smaller directions drown in the rounding of float32 products

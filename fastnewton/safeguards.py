@@ -19,23 +19,8 @@ from typing import Any
 import numpy as np
 
 from fastnewton import arrays
-from fastnewton.info import StepInfo, weights_of
-from fastnewton.kernels.record import (
-    ACCEPTED,
-    CAPTURED,
-    COEFFICIENT,
-    COSINE,
-    CURVATURE,
-    GO,
-    LR,
-    LR_REST,
-    NEWTON_NORM,
-    NONFINITE,
-    NOT_FINITE,
-    RANK,
-    REASON,
-    STATUS,
-)
+from fastnewton.info import ACCEPTED, COEFFICIENT, COSINE, CURVATURE, NEWTON_NORM, NONFINITE, StepInfo, weights_of
+from fastnewton.kernels.record import CAPTURED, GO, LR, LR_REST, NOT_FINITE, RANK, REASON, STATUS
 
 CURVATURES = ("keep", "drop", "abs")
 

@@ -6,5 +6,3 @@ record.cuh is the same list.
 HEADER = 9
 STATUS, RANK, LR, LR_REST, CAPTURED, SWEEPS, RESULT, REASON, FALLBACK = range(HEADER)
 GO, NOT_FINITE, NOT_CONVERGED = range(3)  # what STATUS says of K
-REASONS = ("accepted", "curvature", "newton_norm", "coefficient", "cosine", "nonfinite")
-ACCEPTED, CURVATURE, NEWTON_NORM, COEFFICIENT, COSINE, NONFINITE = range(len(REASONS))
