@@ -183,7 +183,7 @@ def step(
     -----
     On a CUDA device the work is enqueued on the stream that is current in the caller's library (for JAX and others, in
     CuPy).  Up to 64 workers "propagate" never waits, and with `out` it can be captured in a CUDA graph; "raise" and
-    "drop" wait once, at the end.
+    "drop" wait once, at the end.  With safeguards a step waits for the m × m matrices, and cannot be captured.
     """
     lr = arrays.real(lr, "lr")
     options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
