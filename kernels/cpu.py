@@ -26,7 +26,9 @@ from numba.extending import intrinsic, overload
 BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so it takes BLOCK/lanes ≤ 256 terms
 STRIP = 256  # coordinates of a block that stay in the first-level cache while the pairs are gone through
 STRAIGHT = 16  # up to this many workers, straight-line code for exactly m rows; above, square tiles of pairs
-TILE = 5 if REGISTERS == 32 else 3  # TILE² sums, TILE rows and a spare fill the registers
+TILE = 4 if REGISTERS == 32 else 3  # TILE² sums, the chains that hide an addition's latency, and 2·TILE rows
+ON_DIAGONAL = TILE * (TILE + 3) // 2  # products of TILE rows with each other and with one more row
+GATHERED = 8  # rows that are added to the mean per round
 ROW_GAP = 64  # bytes between rows of a centred tile, or they would all fall into one set of the cache
 UNROLLED = 8  # rows beside the first whose combination is one straight line
 GROUP = 4  # rows that are added per round above that: more at one spacing fight for the ways of the caches
@@ -162,12 +164,10 @@ def _pairs(m: int, with_z: bool) -> list[tuple[int, int]]:
     return within + [(i, last) for i in range(m)] + [(m, m)] + ([(last, last)] if with_z else [])
 
 
-def _triangle_size(rows: int) -> int:
-    return TILE * TILE * math.comb(_tiles(rows) + 1, 2)
-
-
 def _gram_size(m: int, with_z: bool) -> int:
-    return len(_pairs(m, with_z)) if m <= STRAIGHT else _triangle_size(m + 1 + with_z)
+    if m <= STRAIGHT:
+        return len(_pairs(m, with_z))
+    return ON_DIAGONAL * _tiles(m) + TILE * TILE * math.comb(_tiles(m), 2) + 1 + with_z
 
 
 def _cross_size(m: int) -> int:
@@ -181,25 +181,24 @@ def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _positions(m: int, with_z: bool) -> np.ndarray:
-    """Where in a part the product of rows i and j stands; 0 for the one that is not formed, mean by z."""
-    if m > STRAIGHT:
-        every = np.arange(_triangle_size(m + 1 + with_z))
-        return np.ascontiguousarray(_from_triangle(every, m + 1 + with_z))
+    """Where the product of rows i and j stands in a part; 0 for those that are not formed, of the mean beside z."""
     found = np.zeros((m + 1 + with_z, m + 1 + with_z), np.intp)
-    i, j = np.transpose(_pairs(m, with_z))
-    found[i, j] = found[j, i] = np.arange(i.size)
-    return found
-
-
-def _from_triangle(values: np.ndarray, rows: int) -> np.ndarray:
-    """The symmetric (rows, rows) matrix from its tiles on and above the diagonal, row after row of tiles."""
-    side = _tiles(rows)
-    full = np.empty((side, TILE, side, TILE), values.dtype)
-    i, j = np.triu_indices(side)
-    tiles = values.reshape(-1, TILE, TILE)
-    full[j, :, i, :] = tiles.transpose(0, 2, 1)
-    full[i, :, j, :] = tiles
-    return full.reshape(side * TILE, side * TILE)[:rows, :rows]
+    if m <= STRAIGHT:
+        i, j = np.transpose(_pairs(m, with_z))
+        found[i, j] = np.arange(i.size)
+        return np.maximum(found, found.T)
+    side, size = _tiles(m), _gram_size(m, with_z)
+    on_diagonal = np.zeros((TILE, TILE + 1), np.intp)
+    on_diagonal[np.triu_indices(TILE, 0, TILE + 1)] = np.arange(ON_DIAGONAL)
+    tiles = np.zeros((side, side), np.intp)
+    tiles[np.triu_indices(side, 1)] = ON_DIAGONAL * side + TILE * TILE * np.arange(math.comb(side, 2))
+    (i, x), (j, y) = (np.divmod(rows, TILE) for rows in np.triu_indices(m))
+    inside = np.where(i == j, ON_DIAGONAL * i + on_diagonal[x, y], tiles[i, j] + TILE * x + y)
+    found[np.triu_indices(m)] = inside
+    k = np.arange(m)
+    found[k, -1] = ON_DIAGONAL * (k // TILE) + on_diagonal[k % TILE, TILE]
+    found[[m, -1], [m, -1]] = size - 1 - with_z, size - 1
+    return np.maximum(found, found.T)
 
 
 def _from_square(values: np.ndarray, rows: int) -> np.ndarray:
@@ -370,26 +369,42 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
         ITEMSIZE[storage.literal_value],
         lanes(compute.literal_value),
     )
-    extra = 1 + with_z.literal_value
 
     def tiled(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-        steps = strips * (STRIP // width)
-        _centre(storage, compute, m, table, offset, steps, scratch, extra - 1)
-        side, done = (m + extra + TILE - 1) // TILE, 0
-        tiles, next_block = side * (side + 1) // 2, (offset + BLOCK) * size
+        steps, side, next_block = strips * (STRIP // width), (m + TILE - 1) // TILE, (offset + BLOCK) * size
+        tiles, done = side * (side + 1) // 2, 0
+        norms = sums + 8 * (ON_DIAGONAL * side + TILE * TILE * (tiles - side))
+        mean = last = scratch
+        panels = scratch + 2 * row
+        _mean(storage, compute, m, table, 0, offset, steps, mean, norms)
+        if with_z:
+            last = mean + row
+            _mean(storage, compute, 1, table, m, offset, steps, last, norms + 8)
         for i in range(side):
-            for j in range(i, side):
-                left, right = scratch + i * TILE * row, scratch + j * TILE * row
+            panel = panels + i * TILE * row
+            ahead = _row_address(table, min(done, m - 1)) + next_block
+            also = _row_address(table, min(done + tiles, m - 1)) + next_block
+            _diagonal(storage, compute, m, table, i * TILE, offset, steps, mean, last, panel, ahead, also, sums)
+            sums += 8 * ON_DIAGONAL
+            done += 1
+        for i in range(side):
+            for j in range(i + 1, side):
+                left, right = panels + i * TILE * row, panels + j * TILE * row
                 ahead = _row_address(table, min(done, m - 1)) + next_block
                 also = _row_address(table, min(done + tiles, m - 1)) + next_block
-                _tile(storage, compute, left, right, steps, ahead, also, sums + done * TILE * TILE * 8)
+                _tile(storage, compute, left, right, steps, ahead, also, sums)
+                sums += 8 * TILE * TILE
                 done += 1
 
     def cross(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
         steps, side = strips * (STRIP // width), (m + TILE - 1) // TILE
-        thetas, grads = scratch, scratch + (m + TILE) * row
-        _centre(storage, compute, m, table, offset, steps, thetas, 0)
-        _centre(storage, compute, m, table + 8 * m, offset, steps, grads, 0)
+        mean, panels = scratch, scratch + row
+        for rows in (table, table + 8 * m):  # of the products, only the centred rows are wanted
+            _mean(storage, compute, m, rows, 0, offset, steps, mean, sums)
+            for i in range(side):
+                _diagonal(storage, compute, m, rows, i * TILE, offset, steps, mean, mean, panels, mean, mean, sums)
+                panels += TILE * row
+        thetas, grads = scratch + row, scratch + (1 + side * TILE) * row
         for i in range(side):
             for j in range(side):
                 left, right = thetas + i * TILE * row, grads + j * TILE * row
@@ -484,69 +499,93 @@ def _rounds(pairs: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int
     return [*rounds, members]
 
 
-def _centre(storage, compute, m, table, offset, steps, scratch, with_z):
-    """Centred rows, their mean and z, as `compute` values in scratch; only ever called from compiled code."""
-
-
-@overload(_centre, prefer_literal=True)
-def _centre_compiled(storage, compute, m, table, offset, steps, scratch, with_z):
-    row = _row_bytes(compute.literal_value)
-
-    def centre(storage, compute, m, table, offset, steps, scratch, with_z):
-        mean = scratch + m * row
-        _gather(1, 1, storage, compute, table, 0, offset, steps, scratch, mean)
-        k = 1
-        while k + 4 <= m:
-            _gather(4, 0, storage, compute, table, k, offset, steps, scratch + k * row, mean)
-            k += 4
-        while k < m:
-            _gather(1, 0, storage, compute, table, k, offset, steps, scratch + k * row, mean)
-            k += 1
-        if with_z:
-            z = mean + row
-            _gather(1, 1, storage, compute, table, m, offset, steps, z, z)
-        _subtract_mean(compute, m, steps, scratch, mean)
-
-    return centre
+@jit
+def _mean(storage, compute, m, table, first, offset, steps, mean, norm2):
+    """The mean of m rows from `first` on, as `compute` values in scratch, and its norm squared."""
+    k = 0
+    while k + GATHERED <= m:
+        _gather(GATHERED, storage, compute, table, first + k, k, offset, steps, mean)
+        k += GATHERED
+    while k < m:
+        _gather(1, storage, compute, table, first + k, k, offset, steps, mean)
+        k += 1
+    _scale(compute, m, steps, mean, norm2)
 
 
 @intrinsic(prefer_literal=True)
-def _gather(typingctx, count, fresh, storage, compute, table, first, offset, steps, target, mean):
-    """Copy `count` rows to scratch and add them to `mean`, or begin it with them."""
+def _gather(typingctx, count, storage, compute, table, first, before, offset, steps, sum_):
+    """Add `count` rows to those `before`, whose sum is in scratch."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
-        table, first, offset, steps, target, mean = args[4:]
+        table, first, before, offset, steps, sum_ = args[3:]
         starts = v.pointers(table, first, count.literal_value, offset)
+        fresh = builder.icmp_signed("==", before, ir.Constant(before.type, 0))
         with v.loop(steps) as step:
-            values = [v.load(v.at(start, step.index, v.stride)) for start in starts]
-            for k, value in enumerate(values):
-                v.store_work(value, v.at(v.at(target, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES))
-            here = v.at(mean, step.index, VECTOR_BYTES)
-            sum_ = v.pairwise(values)
-            v.store_work(sum_ if fresh.literal_value else v.add(v.load_work(here), sum_), here)
+            here = v.at(sum_, step.index, VECTOR_BYTES)
+            so_far = builder.select(fresh, v.constant(0.0), v.load_work(here))
+            added = v.pairwise(v.load(v.at(start, step.index, v.stride)) for start in starts)
+            v.store_work(v.add(so_far, added), here)
 
-    return types.void(count, fresh, storage, compute, table, first, offset, steps, target, mean), codegen
+    return types.void(count, storage, compute, table, first, before, offset, steps, sum_), codegen
 
 
 @intrinsic(prefer_literal=True)
-def _subtract_mean(typingctx, compute, m, steps, scratch, mean):
-    """Divide the sum at `mean` by m and take it from the m rows at `scratch`."""
+def _scale(typingctx, compute, m, steps, row, norm2):
+    """Divide the row in scratch by m and write its norm squared."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, compute.literal_value, compute.literal_value)
-        _, m, steps, scratch, mean = args
+        _, m, steps, row, norm2 = args
         inverse = v.reciprocal(m)
+        running = v.variable()
+        builder.store(v.constant(0.0), running)
         with v.loop(steps) as step:
-            here = v.at(mean, step.index, VECTOR_BYTES)
-            v.store_work(v.mul(v.load_work(here), inverse), here)
-        with v.loop(m) as k:
-            row = v.at(scratch, k.index, _row_bytes(v.compute))
-            with v.loop(steps) as step:
-                here = v.at(row, step.index, VECTOR_BYTES)
-                v.store_work(v.sub(v.load_work(here), v.load_work(v.at(mean, step.index, VECTOR_BYTES))), here)
+            here = v.at(row, step.index, VECTOR_BYTES)
+            value = v.mul(v.load_work(here), inverse)
+            v.store_work(value, here)
+            builder.store(v.fma(value, value, builder.load(running)), running)
+        (total,) = v.lane_sums([builder.load(running)])
+        v.store_double(total, norm2)
 
-    return types.void(compute, m, steps, scratch, mean), codegen
+    return types.void(compute, m, steps, row, norm2), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _diagonal(typingctx, storage, compute, m, table, first, offset, steps, mean, last, panel, ahead, also, sums):
+    """Centre TILE rows into scratch; their products with each other and with the `last` row, row after row.
+
+    Rows beyond the m-th repeat it: nobody reads what comes of them.
+    """
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        m, table, first, offset, steps, mean, last, panel, ahead, also, sums = args[2:]
+        final = builder.sub(m, ir.Constant(m.type, 1))
+        starts = []
+        for k in range(TILE):
+            index = v.at(first, k)
+            index = builder.select(builder.icmp_signed("<", index, final), index, final)
+            starts += v.pointers(table, index, 1, offset)
+        pairs = [(i, j) for i in range(TILE) for j in range(i, TILE + 1)]
+        running = {pair: v.variable() for pair in pairs}
+        for sum_ in running.values():
+            builder.store(v.constant(0.0), sum_)
+        with v.loop(steps) as step:
+            centre, one_more = (v.load_work(v.at(row, step.index, VECTOR_BYTES)) for row in (mean, last))
+            x = [v.sub(v.load(v.at(start, step.index, v.stride)), centre) for start in starts]
+            for k in range(TILE):
+                v.store_work(x[k], v.at(v.at(panel, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES))
+            for row_ahead in (ahead, also):
+                v.prefetch(v.at(row_ahead, step.index, v.stride))
+            x.append(one_more)
+            for (i, j), sum_ in running.items():
+                builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
+        for k, value in enumerate(v.lane_sums([builder.load(sum_) for sum_ in running.values()])):
+            v.store_double(value, v.at(sums, 8 * k))
+
+    arguments = (storage, compute, m, table, first, offset, steps, mean, last, panel, ahead, also, sums)
+    return types.void(*arguments), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -789,6 +828,11 @@ def _combine_rows(typingctx, count, storage, compute, source, target, m, table, 
         grads, factors = v.at(table, m, 8), v.at(weights, m, 8)
         origin = v.pointers(table, 0, 1, offset) + v.pointers(grads, 0, 1, offset)
         starts = v.pointers(table, first, rows, offset) + v.pointers(grads, first, rows, offset)
+        following = builder.add(first, ir.Constant(first.type, rows))
+        is_last = builder.icmp_signed(">", v.at(following, rows), m)
+        following = builder.select(is_last, ir.Constant(first.type, 1), following)
+        at_following = builder.select(is_last, v.at(offset, -BLOCK), offset)
+        ahead = [start for side in (table, grads) for start in v.pointers(side, following, rows, at_following)]
         firsts = [v.at(side, first, 8) for side in (weights, factors)]
         scales = [v.broadcast(v.at(side, 8 * k)) for side in firsts for k in range(rows)]
         step_to = v.pointers(v.at(grads, m, 8), 0, 1, offset)[0] if source_ == "z" else None
@@ -808,6 +852,8 @@ def _combine_rows(typingctx, count, storage, compute, source, target, m, table, 
             else:
                 value = v.load_work(v.at(out, step.index, VECTOR_BYTES))
             terms = [v.load(v.at(start, at_step)) for start in starts]
+            for start in ahead:
+                v.prefetch(v.at(start, at_step))
             for k, (term, scale) in enumerate(zip(terms, scales, strict=True)):
                 value = v.fma(scale, v.sub(term, theta_0 if k < rows else grad_0), value)
             if target_ == "work":
