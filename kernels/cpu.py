@@ -26,7 +26,9 @@ from numba.extending import intrinsic, overload
 BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so it takes BLOCK/lanes ≤ 256 terms
 STRIP = 256  # coordinates of a block that stay in the first-level cache while the pairs are gone through
 STRAIGHT = 16  # up to this many workers, straight-line code for exactly m rows; above, square tiles of pairs
-TILE = 5 if REGISTERS == 32 else 3  # TILE² sums, TILE rows and a spare fill the registers
+TILE = 4 if REGISTERS == 32 else 3  # TILE² sums, the chains that hide an addition's latency, and 2·TILE rows
+ON_DIAGONAL = TILE * (TILE + 3) // 2  # products of TILE rows with each other and with one more row
+GATHERED = 8  # rows that are added to the mean per round
 ROW_GAP = 64  # bytes between rows of a centred tile, or they would all fall into one set of the cache
 UNROLLED = 8  # rows beside the first whose combination is one straight line
 GROUP = 4  # rows that are added per round above that: more at one spacing fight for the ways of the caches
@@ -142,7 +144,7 @@ def unpacked(values: np.ndarray, m: int, *, with_z: bool, with_thetas: bool) -> 
 
 def unpacked_joint(values: np.ndarray, m: int) -> RawGram:
     """As `unpacked`, of the joint Gram."""
-    every = _from_triangle(values, 2 * m + 2)
+    every = values[_joint_positions(m)]
     return RawGram(m, every[m + 1 :, m + 1 :], every[: m + 1, : m + 1], every[:m, m + 1 :])
 
 
@@ -164,7 +166,8 @@ def part_size(m: int, *, with_z: bool, with_thetas: bool) -> int:
 
 def joint_size(m: int) -> int:
     """Numbers in one part of the joint Gram."""
-    return _triangle_size(2 * m + 2)
+    side = 2 * _tiles(m)
+    return ON_DIAGONAL * side + TILE * TILE * math.comb(side, 2) + 2
 
 
 def _level_that_fits(numbers: int, count: int) -> int:
@@ -184,12 +187,10 @@ def _pairs(m: int, with_z: bool) -> list[tuple[int, int]]:
     return within + [(i, last) for i in range(m)] + [(m, m)] + ([(last, last)] if with_z else [])
 
 
-def _triangle_size(rows: int) -> int:
-    return TILE * TILE * math.comb(_tiles(rows) + 1, 2)
-
-
 def _gram_size(m: int, with_z: bool) -> int:
-    return len(_pairs(m, with_z)) if m <= STRAIGHT else _triangle_size(m + 1 + with_z)
+    if m <= STRAIGHT:
+        return len(_pairs(m, with_z))
+    return ON_DIAGONAL * _tiles(m) + TILE * TILE * math.comb(_tiles(m), 2) + 1 + with_z
 
 
 def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
@@ -199,25 +200,40 @@ def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _positions(m: int, with_z: bool) -> np.ndarray:
-    """Where in a part the product of rows i and j stands; 0 for the one that is not formed, mean by z."""
-    if m > STRAIGHT:
-        every = np.arange(_triangle_size(m + 1 + with_z))
-        return np.ascontiguousarray(_from_triangle(every, m + 1 + with_z))
+    """Where the product of rows i and j stands in a part; 0 for those that are not formed, of the mean beside z."""
     found = np.zeros((m + 1 + with_z, m + 1 + with_z), np.intp)
-    i, j = np.transpose(_pairs(m, with_z))
-    found[i, j] = found[j, i] = np.arange(i.size)
-    return found
+    if m <= STRAIGHT:
+        i, j = np.transpose(_pairs(m, with_z))
+        found[i, j] = np.arange(i.size)
+        return np.maximum(found, found.T)
+    last = m + with_z
+    found[:m, :m], found[:m, last] = _in_tiles(m, 1)
+    found[[m, last], [m, last]] = _gram_size(m, with_z) - 1 - with_z, _gram_size(m, with_z) - 1
+    return np.maximum(found, found.T)
 
 
-def _from_triangle(values: np.ndarray, rows: int) -> np.ndarray:
-    """The symmetric (rows, rows) matrix from its tiles on and above the diagonal, row after row of tiles."""
-    side = _tiles(rows)
-    full = np.empty((side, TILE, side, TILE), values.dtype)
-    i, j = np.triu_indices(side)
-    tiles = values.reshape(-1, TILE, TILE)
-    full[j, :, i, :] = tiles.transpose(0, 2, 1)
-    full[i, :, j, :] = tiles
-    return full.reshape(side * TILE, side * TILE)[:rows, :rows]
+@lru_cache(maxsize=8)
+def _joint_positions(m: int) -> np.ndarray:
+    """As `_positions`, for the rows of Θ, θ̄, the rows of G, ḡ; 0 too for those of θ̄ beside its own norm."""
+    found = np.zeros((2 * m + 2, 2 * m + 2), np.intp)
+    rows = np.r_[:m, m + 1 : 2 * m + 1]
+    found[np.ix_(rows, rows)], found[rows, -1] = _in_tiles(m, 2)
+    found[[m, -1], [m, -1]] = joint_size(m) - 2, joint_size(m) - 1
+    return np.maximum(found, found.T)
+
+
+def _in_tiles(m: int, stacks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the products of the rows of stacks stand, on and above the diagonal, and those with the last row."""
+    side = stacks * _tiles(m)
+    on_diagonal = np.zeros((TILE, TILE + 1), np.intp)
+    on_diagonal[np.triu_indices(TILE, 0, TILE + 1)] = np.arange(ON_DIAGONAL)
+    tiles = np.zeros((side, side), np.intp)
+    tiles[np.triu_indices(side, 1)] = ON_DIAGONAL * side + TILE * TILE * np.arange(math.comb(side, 2))
+    panel, x = np.divmod(np.arange(m), TILE)
+    panel, x = np.concatenate([panel + k * _tiles(m) for k in range(stacks)]), np.tile(x, stacks)
+    i, j = panel[:, None], panel[None, :]
+    inside = np.where(i == j, ON_DIAGONAL * i + on_diagonal[x[:, None], x], tiles[i, j] + TILE * x[:, None] + x)
+    return np.triu(inside), ON_DIAGONAL * panel + on_diagonal[x, TILE]
 
 
 @cache
@@ -381,22 +397,35 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
         ITEMSIZE[storage.literal_value],
         lanes(compute.literal_value),
     )
-    extra, joint = 1 + with_z.literal_value, kind.literal_value == "joint"
+    joint = kind.literal_value == "joint"
+    stacks, extra = 1 + joint, joint or with_z.literal_value
 
     def tiled(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-        steps, rows, given = strips * (STRIP // width), m + extra, m
-        _centre(storage, compute, m, table, offset, steps, scratch, extra - 1)
-        if joint:
-            _centre(storage, compute, m, table + 8 * m, offset, steps, scratch + rows * row, 0)
-            rows, given = 2 * rows, 2 * m
-        side, done = (rows + TILE - 1) // TILE, 0
-        tiles, next_block = side * (side + 1) // 2, (offset + BLOCK) * size
-        for i in range(side):
-            for j in range(i, side):
-                left, right = scratch + i * TILE * row, scratch + j * TILE * row
-                ahead = _row_address(table, min(done, given - 1)) + next_block
-                also = _row_address(table, min(done + tiles, given - 1)) + next_block
-                _tile(storage, compute, left, right, steps, ahead, also, sums + done * TILE * TILE * 8)
+        steps, side, next_block = strips * (STRIP // width), (m + TILE - 1) // TILE, (offset + BLOCK) * size
+        count, done = stacks * side, 0
+        tiles = count * (count + 1) // 2
+        norms = sums + 8 * (ON_DIAGONAL * count + TILE * TILE * (tiles - count))
+        last, panels = scratch, scratch + 2 * row
+        _mean(storage, compute, m, table, 0, offset, steps, last, norms)
+        if extra:
+            last += row
+            _mean(storage, compute, m if joint else 1, table, m, offset, steps, last, norms + 8)
+        for i in range(count):
+            stack = i // side
+            rows, first, mean = table + 8 * m * stack, (i - stack * side) * TILE, scratch + stack * row
+            ahead = _row_address(table, min(done, stacks * m - 1)) + next_block
+            also = _row_address(table, min(done + tiles, stacks * m - 1)) + next_block
+            panel = panels + i * TILE * row
+            _diagonal(storage, compute, m, rows, first, offset, steps, mean, last, panel, ahead, also, sums)
+            sums += 8 * ON_DIAGONAL
+            done += 1
+        for i in range(count):
+            for j in range(i + 1, count):
+                left, right = panels + i * TILE * row, panels + j * TILE * row
+                ahead = _row_address(table, min(done, stacks * m - 1)) + next_block
+                also = _row_address(table, min(done + tiles, stacks * m - 1)) + next_block
+                _tile(storage, compute, left, right, steps, ahead, also, sums)
+                sums += 8 * TILE * TILE
                 done += 1
 
     def of_row(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
@@ -487,69 +516,93 @@ def _rounds(pairs: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int
     return [*rounds, members]
 
 
-def _centre(storage, compute, m, table, offset, steps, scratch, with_z):
-    """Centred rows, their mean and z, as `compute` values in scratch; only ever called from compiled code."""
-
-
-@overload(_centre, prefer_literal=True)
-def _centre_compiled(storage, compute, m, table, offset, steps, scratch, with_z):
-    row = _row_bytes(compute.literal_value)
-
-    def centre(storage, compute, m, table, offset, steps, scratch, with_z):
-        mean = scratch + m * row
-        _gather(1, 1, storage, compute, table, 0, offset, steps, scratch, mean)
-        k = 1
-        while k + 4 <= m:
-            _gather(4, 0, storage, compute, table, k, offset, steps, scratch + k * row, mean)
-            k += 4
-        while k < m:
-            _gather(1, 0, storage, compute, table, k, offset, steps, scratch + k * row, mean)
-            k += 1
-        if with_z:
-            z = mean + row
-            _gather(1, 1, storage, compute, table, m, offset, steps, z, z)
-        _subtract_mean(compute, m, steps, scratch, mean)
-
-    return centre
+@jit
+def _mean(storage, compute, m, table, first, offset, steps, mean, norm2):
+    """The mean of m rows from `first` on, as `compute` values in scratch, and its norm squared."""
+    k = 0
+    while k + GATHERED <= m:
+        _gather(GATHERED, storage, compute, table, first + k, k, offset, steps, mean)
+        k += GATHERED
+    while k < m:
+        _gather(1, storage, compute, table, first + k, k, offset, steps, mean)
+        k += 1
+    _scale(compute, m, steps, mean, norm2)
 
 
 @intrinsic(prefer_literal=True)
-def _gather(typingctx, count, fresh, storage, compute, table, first, offset, steps, target, mean):
-    """Copy `count` rows to scratch and add them to `mean`, or begin it with them."""
+def _gather(typingctx, count, storage, compute, table, first, before, offset, steps, sum_):
+    """Add `count` rows to those `before`, whose sum is in scratch."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
-        table, first, offset, steps, target, mean = args[4:]
+        table, first, before, offset, steps, sum_ = args[3:]
         starts = v.pointers(table, first, count.literal_value, offset)
+        fresh = builder.icmp_signed("==", before, ir.Constant(before.type, 0))
         with v.loop(steps) as step:
-            values = [v.load(v.at(start, step.index, v.stride)) for start in starts]
-            for k, value in enumerate(values):
-                v.store_work(value, v.at(v.at(target, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES))
-            here = v.at(mean, step.index, VECTOR_BYTES)
-            sum_ = v.pairwise(values)
-            v.store_work(sum_ if fresh.literal_value else v.add(v.load_work(here), sum_), here)
+            here = v.at(sum_, step.index, VECTOR_BYTES)
+            so_far = builder.select(fresh, v.constant(0.0), v.load_work(here))
+            added = v.pairwise(v.load(v.at(start, step.index, v.stride)) for start in starts)
+            v.store_work(v.add(so_far, added), here)
 
-    return types.void(count, fresh, storage, compute, table, first, offset, steps, target, mean), codegen
+    return types.void(count, storage, compute, table, first, before, offset, steps, sum_), codegen
 
 
 @intrinsic(prefer_literal=True)
-def _subtract_mean(typingctx, compute, m, steps, scratch, mean):
-    """Divide the sum at `mean` by m and take it from the m rows at `scratch`."""
+def _scale(typingctx, compute, m, steps, row, norm2):
+    """Divide the row in scratch by m and write its norm squared."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, compute.literal_value, compute.literal_value)
-        _, m, steps, scratch, mean = args
+        _, m, steps, row, norm2 = args
         inverse = v.reciprocal(m)
+        running = v.variable()
+        builder.store(v.constant(0.0), running)
         with v.loop(steps) as step:
-            here = v.at(mean, step.index, VECTOR_BYTES)
-            v.store_work(v.mul(v.load_work(here), inverse), here)
-        with v.loop(m) as k:
-            row = v.at(scratch, k.index, _row_bytes(v.compute))
-            with v.loop(steps) as step:
-                here = v.at(row, step.index, VECTOR_BYTES)
-                v.store_work(v.sub(v.load_work(here), v.load_work(v.at(mean, step.index, VECTOR_BYTES))), here)
+            here = v.at(row, step.index, VECTOR_BYTES)
+            value = v.mul(v.load_work(here), inverse)
+            v.store_work(value, here)
+            builder.store(v.fma(value, value, builder.load(running)), running)
+        (total,) = v.lane_sums([builder.load(running)])
+        v.store_double(total, norm2)
 
-    return types.void(compute, m, steps, scratch, mean), codegen
+    return types.void(compute, m, steps, row, norm2), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _diagonal(typingctx, storage, compute, m, table, first, offset, steps, mean, last, panel, ahead, also, sums):
+    """Centre TILE rows into scratch; their products with each other and with the `last` row, row after row.
+
+    Rows beyond the m-th repeat it: nobody reads what comes of them.
+    """
+
+    def codegen(context, builder, signature, args):
+        v = Vectors(builder, storage.literal_value, compute.literal_value)
+        m, table, first, offset, steps, mean, last, panel, ahead, also, sums = args[2:]
+        final = builder.sub(m, ir.Constant(m.type, 1))
+        starts = []
+        for k in range(TILE):
+            index = v.at(first, k)
+            index = builder.select(builder.icmp_signed("<", index, final), index, final)
+            starts += v.pointers(table, index, 1, offset)
+        pairs = [(i, j) for i in range(TILE) for j in range(i, TILE + 1)]
+        running = {pair: v.variable() for pair in pairs}
+        for sum_ in running.values():
+            builder.store(v.constant(0.0), sum_)
+        with v.loop(steps) as step:
+            centre, one_more = (v.load_work(v.at(row, step.index, VECTOR_BYTES)) for row in (mean, last))
+            x = [v.sub(v.load(v.at(start, step.index, v.stride)), centre) for start in starts]
+            for k in range(TILE):
+                v.store_work(x[k], v.at(v.at(panel, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES))
+            for row_ahead in (ahead, also):
+                v.prefetch(v.at(row_ahead, step.index, v.stride))
+            x.append(one_more)
+            for (i, j), sum_ in running.items():
+                builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
+        for k, value in enumerate(v.lane_sums([builder.load(sum_) for sum_ in running.values()])):
+            v.store_double(value, v.at(sums, 8 * k))
+
+    arguments = (storage, compute, m, table, first, offset, steps, mean, last, panel, ahead, also, sums)
+    return types.void(*arguments), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -792,6 +845,11 @@ def _combine_rows(typingctx, count, storage, compute, source, target, m, table, 
         grads, factors = v.at(table, m, 8), v.at(weights, m, 8)
         origin = v.pointers(table, 0, 1, offset) + v.pointers(grads, 0, 1, offset)
         starts = v.pointers(table, first, rows, offset) + v.pointers(grads, first, rows, offset)
+        following = builder.add(first, ir.Constant(first.type, rows))
+        is_last = builder.icmp_signed(">", v.at(following, rows), m)
+        following = builder.select(is_last, ir.Constant(first.type, 1), following)
+        at_following = builder.select(is_last, v.at(offset, -BLOCK), offset)
+        ahead = [start for side in (table, grads) for start in v.pointers(side, following, rows, at_following)]
         firsts = [v.at(side, first, 8) for side in (weights, factors)]
         scales = [v.broadcast(v.at(side, 8 * k)) for side in firsts for k in range(rows)]
         step_to = v.pointers(v.at(grads, m, 8), 0, 1, offset)[0] if source_ == "z" else None
@@ -811,6 +869,8 @@ def _combine_rows(typingctx, count, storage, compute, source, target, m, table, 
             else:
                 value = v.load_work(v.at(out, step.index, VECTOR_BYTES))
             terms = [v.load(v.at(start, at_step)) for start in starts]
+            for start in ahead:
+                v.prefetch(v.at(start, at_step))
             for k, (term, scale) in enumerate(zip(terms, scales, strict=True)):
                 value = v.fma(scale, v.sub(term, theta_0 if k < rows else grad_0), value)
             if target_ == "work":
