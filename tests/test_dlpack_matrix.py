@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from problems import DTYPES, workers
+from reads import reads
 from test_arrays import Capsule, Library
 
 import fastnewton as fn
-from fastnewton import kernels
 
 M, N = 3, 130
 LIBRARIES = ("numpy", "torch", "jax", "capsule")
@@ -32,20 +32,6 @@ def x64():
     jax = pytest.importorskip("jax")
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture(autouse=True)
-def read_at(monkeypatch):
-    """Where the kernels were told to read and write, in the order of their arguments."""
-    seen = []
-    combine = kernels.cpu.combine
-
-    def spied(thetas, grads, coefficients, *, out, **options):
-        seen.append([rows.table.tolist() for rows in (thetas, grads, out)])
-        return combine(thetas, grads, coefficients, out=out, **options)
-
-    monkeypatch.setattr(kernels.cpu, "combine", spied)
-    return seen
 
 
 def library_of(name):
@@ -108,27 +94,26 @@ def given_rows(name, layout, values):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("source", "destination", "dtype"), PAIRS)
-def test_step(rng, read_at, source, destination, dtype, layout):
+def test_step(rng, source, destination, dtype, layout):
     values = workers(rng, M, N, DTYPES[dtype])
     (thetas, theta_rows), (grads, grad_rows) = (given_rows(source, layout, each) for each in values)
     n = 0 if layout == "no coordinates" else N
     expected = fn.step(*(each[:, :n].copy() for each in values), lr=0.5)[0]
-    read_at.clear()
     out = out_bytes = None
     if destination is not None:
         there = library_of(destination)
         own = there.make(np.full(n, 7, DTYPES[dtype]))
         out, out_bytes = wrapped(destination, own), there.bits(own)
     if destination == "jax" or (destination is not None and destination != source):
-        with pytest.raises(TypeError, match=r"\bout\b"):
+        with reads() as seen, pytest.raises(TypeError, match=r"\bout\b"):
             fn.step(thetas, grads, lr=0.5, out=out)
         assert there.bits(own) == out_bytes
-        assert not read_at
+        assert not seen
         return
-    theta, _ = fn.step(thetas, grads, lr=0.5, out=out)
-    ((thetas_at, grads_at, out_at),) = read_at
+    with reads() as seen:
+        theta, _ = fn.step(thetas, grads, lr=0.5, out=out)
     if n:
-        assert (thetas_at, grads_at) == (theta_rows, grad_rows)
+        assert (seen["thetas"], seen["grads"]) == (tuple(theta_rows), tuple(grad_rows))
     if out is not None:
         assert theta is out
         found = own
@@ -138,7 +123,7 @@ def test_step(rng, read_at, source, destination, dtype, layout):
     assert library.is_array(found)
     assert library.bits(found) == expected.tobytes()
     if n:
-        assert out_at == [library.pointer(found)]
+        assert seen["out"] == (library.pointer(found),)
 
 
 @pytest.mark.parametrize("layout", ["strided", "offset", "read-only"])
@@ -168,7 +153,7 @@ def test_out_is_part_of_something_larger(rng, library, dtype, layout):
 
 
 @pytest.mark.parametrize(("owner", "borrower", "dtype"), BORROWED)
-def test_memory_of_another_library(rng, read_at, owner, borrower, dtype):
+def test_memory_of_another_library(rng, owner, borrower, dtype):
     """What one library made of another one's array through DLPack is read where it is."""
     values = workers(rng, M, 128, DTYPES[dtype])  # rows of whole cache lines, without which JAX copies
     expected = fn.step(*values, lr=0.5)[0]
@@ -178,9 +163,9 @@ def test_memory_of_another_library(rng, read_at, owner, borrower, dtype):
         memory = _on_a_cache_line(each) if owner == "numpy" else own.make(each)
         kept.append(memory)
         borrowed.append((other.module.dlpack if borrower == "jax" else other.module).from_dlpack(memory))
-    read_at.clear()
-    theta, _ = fn.step(*borrowed, lr=0.5)
-    assert [table[0] for table in read_at[0][:2]] == [other.pointer(each) for each in borrowed]
+    with reads() as seen:
+        theta, _ = fn.step(*borrowed, lr=0.5)
+    assert [seen[name][0] for name in ("thetas", "grads")] == [other.pointer(each) for each in borrowed]
     assert other.is_array(theta)
     assert other.bits(theta) == expected.tobytes()
     if borrower == "numpy" and owner == "jax":  # JAX's arrays stay immutable on the way

@@ -4,12 +4,10 @@ What was made good must work, read where it lies; what was made bad must be refu
 all cases: no other exception, no hang, no input changed, and `out` untouched by an error.
 """
 
-import contextlib
 import dataclasses
 import faulthandler
 import re
 from typing import NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,10 +29,10 @@ from generated import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import DTYPES
+from reads import reads
 from test_arrays import Capsule, Library
 
 import fastnewton as fn
-from fastnewton import kernels
 from fastnewton.server import ParameterServer
 
 LIMIT = 120  # seconds for one call, compiling on a busy machine included: a longer one hangs
@@ -46,7 +44,7 @@ ARGUMENTS = {
     "combine": ("thetas", "grads", "coefficients", "lr", "lr_rest", "precision", "out"),
 }
 # Plain runs make 500 calls in all, of few kernels; the long one 10,000.
-FEW = {"sizes": (1, 3), "dtypes": ("float32", "float64")}
+FEW = {"sizes": (3,), "dtypes": ("float32", "float64")}
 MANY = {"sizes": (1, 2, 3, 5, 8, 17, 33), "dtypes": tuple(DTYPES)}
 
 
@@ -172,29 +170,6 @@ def calls(draw, sizes, dtypes):
     return Call(function, shape, {name: draw(choices(name, shape, function)[name in spoilt]) for name in names})
 
 
-@contextlib.contextmanager
-def reads():
-    """Where the kernels are told to read and write, by argument, when they are first told so."""
-    seen = {}
-    gram_parts, combine = kernels.cpu.gram_parts, kernels.cpu.combine
-
-    def note(**rows):
-        for name, each in rows.items():
-            if each is not None:
-                seen.setdefault(name, tuple(each.table.tolist()))
-
-    def spied_gram_parts(grads, z=None, thetas=None, **options):
-        note(grads=grads, z=z, thetas=thetas)
-        return gram_parts(grads, z, thetas, **options)
-
-    def spied_combine(thetas, grads, coefficients, *, out, z=None, **options):
-        note(thetas=thetas, grads=grads, z=z, out=out)
-        return combine(thetas, grads, coefficients, out=out, z=z, **options)
-
-    with mock.patch.multiple(kernels.cpu, gram_parts=spied_gram_parts, combine=spied_combine):
-        yield seen
-
-
 def check_call(call):
     function, arguments = getattr(fn, call.function), call.arguments
     with reads() as seen:
@@ -210,8 +185,9 @@ def check_call(call):
         assert isinstance(refusal, (TypeError, ValueError)), repr(refusal)
         return True
     if call.shape.n:
-        for name, table in seen.items():
-            assert table == arguments[name].rows or not arguments[name].rows, f"{name} was copied"
+        for name, table in seen.items():  # θ may be read for the first time when workers were dropped
+            rows = arguments[name].rows
+            assert not rows or table == rows or (name == "thetas" and set(table) < set(rows)), f"{name} was copied"
     known = function(**{name: plain(each.value) for name, each in arguments.items() if name != "out"})
     if call.function in ("gram", "spectrum"):
         assert fields(result) == fields(known)
