@@ -99,6 +99,10 @@ OPTIONS = {
     "precision": words(None, "float64"),
     "mode": words("sync", "async"),
     "exchange": words("auto", "allgather", "sharded"),
+    "safeguards": (
+        good(st.none(), st.sampled_from([fn.Safeguards(), fn.Safeguards(None, 5.0, "abs", 0.5, 0.01)])),
+        objects | st.just(Given(fn.Safeguards, frozenset({TypeError}))),
+    ),
 }
 
 

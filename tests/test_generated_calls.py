@@ -37,7 +37,7 @@ from fastnewton.server import ParameterServer
 
 LIMIT = 120  # seconds for one call, compiling on a busy machine included: a longer one hangs
 ARGUMENTS = {
-    "step": ("thetas", "grads", "lr", "cutoff", "max_rank", "lr_rest", "lr_cap", "nonfinite", "out"),
+    "step": ("thetas", "grads", "lr", "cutoff", "max_rank", "lr_rest", "lr_cap", "nonfinite", "safeguards", "out"),
     "apply_inverse": ("thetas", "grads", "z", "cutoff", "max_rank", "out"),
     "gram": ("grads", "z", "thetas", "precision"),
     "spectrum": ("gram", "cutoff", "max_rank"),
@@ -318,7 +318,7 @@ def newtons(draw, sizes, dtypes):
     from mpi4py import MPI
 
     shape = draw(shapes(sizes, dtypes))._replace(n=draw(st.integers(8, 60)))
-    table = options("lr", "cutoff", "max_rank", "lr_rest", "lr_cap", "nonfinite", "exchange")
+    table = options("lr", "cutoff", "max_rank", "lr_rest", "lr_cap", "nonfinite", "safeguards", "exchange")
     no_comm = refused(TypeError, None, 0, "world", MPI) | refused(ValueError, MPI.COMM_NULL)
     arguments = spoilt_once(draw, table | {"comm": (good(st.just(MPI.COMM_SELF)), no_comm)})
     table = {
