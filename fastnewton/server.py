@@ -15,6 +15,7 @@ and r moves to ḡ, with all of A recomputed, where ‖ḡ − r‖² would drow
 """
 
 import threading
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,9 +264,11 @@ class ParameterServer:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             A state of another kind; nothing has changed then.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a dict, as state_dict returns it; got {type(state).__name__}")
         with self._changed:
             own = self.state_dict()
             if set(state) != set(own):
@@ -284,12 +287,23 @@ class ParameterServer:
 
 
 def _check_entry(name: str, given: Any, own: Any) -> None:
-    if name in ("mode", "dtype") and given != own:
-        raise ValueError(f"state[{name!r}] must be {own!r}; got {given!r}")
-    if isinstance(own, np.ndarray) and name != "info":
+    what = f"state[{name!r}]"
+    if name == "info":
+        if given is not None and not (isinstance(given, np.ndarray) and given.dtype == np.float64 and given.ndim == 1):
+            raise ValueError(f"{what} must be None or a float64 array, a record; got {given!r}")
+    elif isinstance(own, np.ndarray):
         found = (given.shape, given.dtype.name) if isinstance(given, np.ndarray) else type(given).__name__
         if found != (own.shape, own.dtype.name):
-            raise ValueError(f"state[{name!r}] must be an array with {(own.shape, own.dtype.name)}; got {found}")
+            raise ValueError(f"{what} must be an array with {(own.shape, own.dtype.name)}; got {found}")
+    elif isinstance(own, str):
+        if str(given) != own:
+            raise ValueError(f"{what} must be {own!r}; got {given!r}")
+    elif not (
+        isinstance(given, (int, float, np.number, np.ndarray))
+        and np.ndim(given) == 0
+        and type(own)(given) == given >= 0
+    ):
+        raise ValueError(f"{what} must be a number of type {type(own).__name__}, 0 or more; got {given!r}")
 
 
 class RowwiseGram:

@@ -27,16 +27,11 @@ FLOATS_2D, INTS_2D = types.Array(types.float64, 2, "C"), types.Array(types.int64
 # Numba looks only at the file that holds the function; what it calls from other files counts as well.
 _BUILD = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
-_in_process = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _in_process
-    _in_process = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # another thread may have held it
-    os.register_at_fork(after_in_child=_renew_lock)
+_in_process = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child forked while another thread compiles would find Numba's own lock taken
+    os.register_at_fork(
+        before=_in_process.acquire, after_in_parent=_in_process.release, after_in_child=_in_process.release
+    )
 
 
 def jit(function: Callable) -> Callable:

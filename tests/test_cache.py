@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastnewton as fn
 from fastnewton import kernels
 
@@ -25,40 +27,54 @@ def kernels_in(folder):
     return sorted(path.relative_to(folder) for path in Path(folder).rglob("*.nbc"))
 
 
-def test_processes_that_start_at_once_share_a_cold_cache(tmp_path):
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+@pytest.fixture(scope="module")
+def started_at_once(tmp_path_factory):
+    """What three processes printed that found no cache, and the cache that they left."""
+    folder = tmp_path_factory.mktemp("cache")
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen(command, env=env, **pipes) for _ in range(3)]
     printed = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], printed
+    return printed, folder
+
+
+@pytest.fixture
+def warm(started_at_once, tmp_path):
+    """What the program prints, and a copy of the cache that it has filled."""
+    printed, folder = started_at_once
+    return printed[0], Path(shutil.copytree(folder, tmp_path / "warm"))
+
+
+def test_processes_that_start_at_once_share_a_cold_cache(started_at_once):
+    printed, folder = started_at_once
     assert len(set(printed)) == 1
-    assert kernels_in(tmp_path)
+    assert kernels_in(folder)
 
 
-def test_a_warm_cache_is_not_written_again(run_python, tmp_path):
-    env = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    first = run_python("-c", PROGRAM, env=env)
-    before = {path: (tmp_path / path).stat().st_mtime_ns for path in kernels_in(tmp_path)}
+def test_a_warm_cache_is_not_written_again(run_python, warm):
+    printed, folder = warm
+    before = {path: (folder / path).stat().st_mtime_ns for path in kernels_in(folder)}
     assert before
-    assert run_python("-c", PROGRAM, env=env) == first
-    assert {path: (tmp_path / path).stat().st_mtime_ns for path in kernels_in(tmp_path)} == before
+    assert run_python("-c", PROGRAM, env={"NUMBA_CACHE_DIR": str(folder)}) == printed
+    assert {path: (folder / path).stat().st_mtime_ns for path in kernels_in(folder)} == before
 
 
-def test_code_of_another_build_is_deleted(run_python, tmp_path):
-    env = {"NUMBA_CACHE_DIR": str(tmp_path)}
-    first = run_python("-c", PROGRAM, env=env)
-    (lock,) = tmp_path.rglob("fastnewton.lock")
-    build, compiled = lock.read_text(), kernels_in(tmp_path)
+def test_code_of_another_build_is_deleted(run_python, warm):
+    printed, folder = warm
+    env = {"NUMBA_CACHE_DIR": str(folder)}
+    (lock,) = folder.rglob("fastnewton.lock")
+    build, compiled = lock.read_text(), kernels_in(folder)
     assert build
     left = lock.with_name("left-over.1.nbc")
     left.write_bytes(b"code of another build")
-    assert run_python("-c", PROGRAM, env=env) == first
+    assert run_python("-c", PROGRAM, env=env) == printed
     assert left.exists()
     lock.write_text("another build")
-    assert run_python("-c", PROGRAM, env=env) == first
+    assert run_python("-c", PROGRAM, env=env) == printed
     assert lock.read_text() == build
-    assert kernels_in(tmp_path) == compiled  # all but the left-over are back
+    assert kernels_in(folder) == compiled  # all but the left-over are back
 
 
 def test_an_installation_that_cannot_be_written_to_still_caches(run_python, tmp_path):

@@ -13,7 +13,7 @@ print(sorted(name for name in set(sys.modules) - before if name in libraries))
 """
 
 # Compiled code is kept by Numba's dispatchers and written to the cache folder: both are empty after the
-# import, and neither is after a step.
+# import, and neither is after a pass over gradients.
 COMPILED = """
 import os, sys
 import numpy, numba
@@ -28,7 +28,7 @@ def compiled():
 
 print(compiled())
 ones = numpy.ones((2, 5))
-fastnewton.step(ones, ones, lr=1.0)
+fastnewton.gram(ones)
 signatures, files = compiled()
 print(signatures > 0, files > 0)
 """

@@ -23,9 +23,18 @@ PLAIN_M = {
     "float16": [2, 3, 8, 16],
     "bfloat16": [1, 3, 8, 33],
 }
-DTYPE_AND_M = [
-    pytest.param(dtype, m, marks=() if m in PLAIN_M[dtype] else pytest.mark.full) for dtype in DTYPES for m in EVERY_M
-]
+
+
+def of_every_dtype(*some_m):
+    """All dtypes with these numbers of workers; by default where `step` has been compiled already."""
+    return [
+        pytest.param(dtype, m, marks=() if m in PLAIN_M[dtype] else pytest.mark.full)
+        for dtype in DTYPES
+        for m in some_m
+    ]
+
+
+DTYPE_AND_M = of_every_dtype(*EVERY_M)
 
 
 def bits(array):
@@ -74,8 +83,7 @@ def test_step_with_its_own_length_on_the_complement(rng, dtype, m):
     assert_step(*workers(rng, m, 1500, DTYPES[dtype]), lr=0.7, lr_rest=0.05)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [2, 3, 8])
+@pytest.mark.parametrize(("dtype", "m"), of_every_dtype(2, 3, 8))
 @pytest.mark.parametrize("max_rank", [0, 1, 2, 100])
 def test_max_rank_keeps_the_largest(rng, dtype, m, max_rank):
     sigmas = np.geomspace(1, 0.25, m - 1)
@@ -83,8 +91,7 @@ def test_max_rank_keeps_the_largest(rng, dtype, m, max_rank):
     assert expected.rank == min(max_rank, m - 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 3, 8, 33])
+@pytest.mark.parametrize(("dtype", "m"), of_every_dtype(1, 3, 8, 33))
 def test_no_coordinates(dtype, m):
     nothing = np.zeros((m, 0), DTYPES[dtype])
     theta, info = fn.step(nothing, nothing, lr=1.0)
@@ -148,7 +155,7 @@ def test_a_ten_millionth_of_the_largest_is_right_to_one_percent_in_float64(rng, 
 
 # One accumulator's terms times the unit of its roundings; what is added after that is float64.
 ENTRY = {"float32": 2.0**-18, "float64": 2.0**-46}
-PLAIN_GRAMS = {(dtype, None, m) for dtype in DTYPES for m in (3, 13)}
+PLAIN_GRAMS = {(dtype, None, m) for dtype in DTYPES for m in (3, 13) if (dtype, m) != ("float16", 13)}
 PLAIN_GRAMS |= {("float32", None, 1), ("float32", None, 8), ("float64", None, 8), ("float32", "float64", 2)}
 PLAIN_GRAMS |= {("bfloat16", "float64", 8), ("float16", "float64", 13)}
 GRAM_CASES = [
@@ -192,8 +199,7 @@ def test_gram_without_thetas_has_none(rng):
     assert gram.cross_matrix is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 3, 8, 13])
+@pytest.mark.parametrize(("dtype", "m"), of_every_dtype(1, 3, 8, 13))
 def test_gram_is_projected(rng, dtype, m):
     thetas, grads = workers(rng, m, 1100, DTYPES[dtype], 100.0)
     gram = fn.gram(grads, thetas=thetas)
@@ -203,8 +209,7 @@ def test_gram_is_projected(rng, dtype, m):
     assert (gram.matrix == gram.matrix.T).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 13, 33])
+@pytest.mark.parametrize(("dtype", "m"), of_every_dtype(1, 2, 3, 8, 13, 33))
 @pytest.mark.parametrize("n", [0, 5, 1024, 3001])
 def test_gram_bits_do_not_depend_on_thetas(rng, dtype, m, n):
     thetas, grads = workers(rng, m, n, DTYPES[dtype])
@@ -273,9 +278,8 @@ def test_the_last_direction_is_never_kept(m):
 # -- combine and apply_inverse -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "m"), of_every_dtype(1, 2, 3, 8, 33))
 @pytest.mark.parametrize("precision", [None, "float64"])
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 33])
 @pytest.mark.parametrize("n", [1, 1023, 2051])
 def test_combine_takes_any_coefficients(rng, dtype, precision, m, n):
     thetas, grads = (rng.standard_normal((m, n)).astype(DTYPES[dtype]) for _ in range(2))
@@ -298,8 +302,9 @@ def test_combine_without_lr_rest_takes_lr_for_both(rng, m):
     assert bits(fn.combine(thetas, grads, c, lr=0.3)) == bits(both)
 
 
+WITH_Z_BESIDE_3 = [*(("float32", m) for m in (1, 8, 16, 33)), ("bfloat16", 33)]
 WITH_Z = [
-    pytest.param(dtype, m, marks=() if dtype == "float32" or m in (3, 33) else pytest.mark.full)
+    pytest.param(dtype, m, marks=() if m == 3 or (dtype, m) in WITH_Z_BESIDE_3 else pytest.mark.full)
     for dtype in DTYPES
     for m in (1, 2, 3, 8, 16, 17, 33)
 ]

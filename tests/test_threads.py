@@ -1,5 +1,6 @@
 """Threads that share a pass: interruptions, the end of the interpreter, and targets that Numba is told of."""
 
+import os
 import threading
 import time
 
@@ -50,6 +51,43 @@ def later():
     check("after the main thread")
 
 threading.Thread(target=later).start()
+"""
+
+AMONG_THREADS = """
+import os, signal, threading, time, warnings
+import numpy as np
+import fastnewton as fn
+
+warnings.simplefilter("ignore", DeprecationWarning)  # Python warns about any fork beside threads
+thetas, grads = np.random.default_rng(3).standard_normal((2, 2, 1 << 19), np.float32)  # large enough for threads
+expected = fn.step(thetas, grads, lr=0.5)[0].tobytes()
+stop = threading.Event()
+
+def stepping():
+    while not stop.is_set():
+        assert fn.step(thetas, grads, lr=0.5)[0].tobytes() == expected
+        time.sleep(0.01)
+
+def compiling():
+    fn.gram(np.ones((3, 9)))
+
+def child():
+    signal.alarm(100)  # ends what a lock of the parent's holds up
+    fn.gram(np.ones((4, 9)))
+    return 0 if fn.step(thetas, grads, lr=0.5)[0].tobytes() == expected else 1
+
+others = [threading.Thread(target=task) for task in (stepping, compiling)]
+for thread in others:
+    thread.start()
+children = []
+while others[1].is_alive() or len(children) < 3:
+    children.append(os.fork())
+    if not children[-1]:
+        os._exit(child())
+    others[1].join(0.5)
+ended = {os.waitpid(each, 0)[1] for each in children}
+stop.set()
+print(ended)
 """
 
 
@@ -108,6 +146,45 @@ def test_a_kernel_that_raises_is_an_error_of_the_caller(arrays, monkeypatch):
 def test_steps_after_the_main_thread_and_at_exit(run_python):
     printed = run_python("-c", LATE, env={"FASTNEWTON_NUM_THREADS": "2"})
     assert sorted(printed.splitlines()) == ["after the main thread", "at exit"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_processes_forked_while_others_step_and_compile(run_python, tmp_path):
+    env = {"FASTNEWTON_NUM_THREADS": "2", "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert run_python("-c", AMONG_THREADS, env=env, timeout=200) == "{0}\n"
+
+
+def test_threads_with_problems_of_their_own_get_the_serial_bits(rng):
+    """Each has its own m, dtype, options and `out`, all long enough for the helpers, which one of them has."""
+    problems = []
+    for dtype, m, n, options in (
+        (np.float32, 8, 1 << 18, {}),
+        (np.float64, 3, 1 << 18, {"lr_cap": "sigma"}),
+        (np.float32, 3, (1 << 19) + 77, {"max_rank": 1}),
+        (np.float32, 8, (1 << 18) + 1029, {"lr_rest": 0.1}),
+    ):
+        thetas, grads = rng.standard_normal((2, m, n)).astype(dtype)
+        expected, info = fn.step(thetas, grads, lr=0.5, **options)
+        problems.append((thetas, grads, options, expected.tobytes(), info.record.tobytes()))
+    wrong, together = [], threading.Barrier(len(problems))
+
+    def caller(thetas, grads, options, expected, record):
+        out = np.empty_like(thetas[0])
+        for number in range(10):
+            out.fill(7)
+            together.wait(60)
+            with threads.set_thread_limit(2):
+                theta, info = fn.step(thetas, grads, lr=0.5, out=out, **options)
+            if theta is not out or out.tobytes() != expected or info.record.tobytes() != record:
+                wrong.append((number, options))
+        wrong.append("ended")
+
+    callers = [threading.Thread(target=caller, args=problem) for problem in problems]
+    for each in callers:
+        each.start()
+    for each in callers:
+        each.join(120)
+    assert wrong == ["ended"] * 4
 
 
 def test_float16_where_no_instruction_converts_it(run_python, tmp_path):

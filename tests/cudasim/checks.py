@@ -3,9 +3,9 @@
 import contextlib
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
+import pytest
 import reference
 import tolerances
 from fastnewton.kernels import cuda
@@ -57,7 +57,9 @@ def simulated_device():
 
     for function in caches:
         function.cache_clear()
-    with mock.patch.dict(sys.modules, cupy=device), mock.patch.object(cuda, "workspace", workspace):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", device)  # this name alone: what else is imported meanwhile is there to stay
+        patch.setattr(cuda, "workspace", workspace)
         try:
             yield
         finally:

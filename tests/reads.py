@@ -1,0 +1,32 @@
+"""Where the kernels are told to read and write."""
+
+import contextlib
+from unittest import mock
+
+from fastnewton.kernels import cpu
+
+
+@contextlib.contextmanager
+def reads():
+    """The addresses of rows, by argument, that the kernels are first given for it inside the block."""
+    seen, gram, combine, step = {}, cpu.gram, cpu.combine, cpu.step
+
+    def note(**arguments):
+        for name, rows in arguments.items():
+            if rows is not None:
+                seen.setdefault(name, tuple(rows.table.tolist()))
+
+    def spied_gram(grads, z=None, thetas=None, **options):
+        note(grads=grads, z=z, thetas=thetas)
+        return gram(grads, z, thetas, **options)
+
+    def spied_combine(thetas, grads, coefficients, *, out, z=None, **options):
+        note(thetas=thetas, grads=grads, z=z, out=out)
+        return combine(thetas, grads, coefficients, out=out, z=z, **options)
+
+    def spied_step(thetas, grads, out, *settings, **options):
+        note(thetas=thetas, grads=grads, out=out)
+        return step(thetas, grads, out, *settings, **options)
+
+    with mock.patch.multiple(cpu, gram=spied_gram, combine=spied_combine, step=spied_step):
+        yield seen
