@@ -159,6 +159,13 @@ class DistNewton:
         with threads.set_thread_limit(self._threads):
             return self._step(checked, problem)
 
+    def agree(self, terms: str, what: str) -> None:
+        """Collective: a ValueError on all ranks, with a name for the terms, unless they are the same on all of them."""
+        every = self._comm.allgather(terms)
+        for rank, given in enumerate(every):
+            if given != every[0]:
+                raise ValueError(f"rank {rank}: {what} must be those of rank 0")
+
     # -- input ----------------------------------------------------------------------------------------------
 
     def _checked(self, theta: Any, grad: Any, lr: float | None, segments: Any, out: Any):
