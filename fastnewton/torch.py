@@ -135,13 +135,13 @@ class DistNewton(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._collect()
         if (self._count + 1) % self.local_steps:
+            self._collect()
             self._descend("local_lr")
-        elif self.newton is None:
-            self._descend_if_finite()
         else:
             self._combine()
+            if self.spread:
+                self._move_apart()
         self._count += 1
         for p, *_ in self._slots:
             torch.autograd.graph.increment_version(p)
@@ -155,22 +155,18 @@ class DistNewton(torch.optim.Optimizer):
         ):
             theta.add_(grad, alpha=-arrays.real(group["lr"] if group[name] is None else group[name], name))
 
-    def _descend_if_finite(self) -> None:
-        """The step of a worker alone."""
-        finite = self._options.nonfinite == "propagate" or all(
-            each.isfinite().all() for each in (self._theta, self._grad)
-        )
-        if not finite:
-            raise NonFiniteError.of([0])
-        self._descend("lr_rest")
-
     def _combine(self) -> None:
+        if self.newton is None:
+            self._collect()
+            finite = all(each.isfinite().all() for each in (self._theta, self._grad))
+            if not finite and self._options.nonfinite != "propagate":
+                raise NonFiniteError.of([0])
+            self._descend("lr_rest")
+            return
         from fastnewton.mpi import Segment
 
+        self.newton.agree(self._terms, "the parameter groups, step lengths, local_steps, spread and number of the call")
         like = self._theta.shape, self._theta.dtype, self._theta.device
-        self.newton.agree(
-            self._digest(), "the parameter groups, step lengths, local_steps, spread and number of the call"
-        )
         if self._agreed not in (None, like):
             self.close()
             self.newton = self._connect()
@@ -178,19 +174,20 @@ class DistNewton(torch.optim.Optimizer):
         lengths = [(group["lr"], group["lr_rest"]) for group in self.param_groups]
         segments = [Segment(size, *pair) for size, pair in zip(self._sizes(), lengths, strict=True)]
         _, self.info = self.newton.step(self._theta, self._grad, segments=segments, out=self._theta)
-        if self.spread and self._workers > 1:
-            self._move_apart()
 
-    def _digest(self) -> str:
-        """What must be alike on all ranks."""
+    def _terms(self) -> str:
+        """A digest of what must be alike on all ranks, once the gradients are in the buffer."""
+        self._collect()
         groups = [[group[name] for name in LENGTHS] + [p.shape for p in group["params"]] for group in self.param_groups]
         terms = self._theta.dtype, self._theta.device.type, groups, self.local_steps, self.spread, self._count
         return hashlib.sha256(repr(terms).encode()).hexdigest()
 
     def _move_apart(self) -> None:
-        """Noise on the parameters, after the result of the combine was kept."""
+        """Keep the result of the combine, and put noise on the parameters if there are other workers."""
         length = self.spread * _norm(self._theta - self._center)
         self._center.copy_(self._theta)
+        if self._workers == 1:
+            return
         seed = np.random.SeedSequence([self._seed, self._rank, self._count]).generate_state(1, np.uint64)[0]
         generator = torch.Generator(self._theta.device).manual_seed(int(seed))
         noise = torch.empty_like(self._theta).normal_(generator=generator)
@@ -223,8 +220,7 @@ class DistNewton(torch.optim.Optimizer):
         self._attach()
         self._grad.zero_()
         for p, _, grad in self._slots:
-            if p.grad is not grad and (p.requires_grad or p.grad is not None):
-                p.grad = grad
+            p.grad = grad if p.requires_grad else None
 
     def _parameters(self) -> list[torch.Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -265,7 +261,7 @@ class DistNewton(torch.optim.Optimizer):
             self._slots.append((p, theta, grad.view(p.shape)))
         if self.spread:
             self._center = self._theta.clone()
-            if known is not None:  # groups are only ever added at the end
+            if known is not None and known.numel() <= sum(sizes):  # groups are only ever added at the end
                 self._center[: known.numel()] = known
 
     # -- checkpoints ----------------------------------------------------------------------------------------

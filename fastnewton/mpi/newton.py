@@ -159,9 +159,11 @@ class DistNewton:
         with threads.set_thread_limit(self._threads):
             return self._step(checked, problem)
 
-    def agree(self, terms: str, what: str) -> None:
-        """Collective: a ValueError on all ranks, with a name for the terms, unless they are the same on all of them."""
-        every = self._comm.allgather(terms)
+    def agree(self, terms: Callable[[], str], what: str) -> None:
+        """Collective: unless the terms are the same, or where they raise, the same error on all ranks."""
+        mine, problem = _attempt(terms)
+        self._raise_first(problem)
+        every = self._comm.allgather(mine)
         for rank, given in enumerate(every):
             if given != every[0]:
                 raise ValueError(f"rank {rank}: {what} must be those of rank 0")
