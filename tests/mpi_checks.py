@@ -23,7 +23,7 @@ from problems import DTYPES, Quadratic
 
 import fastnewton as fn
 import fastnewton.mpi
-from fastnewton.mpi import gpu_aware, messages
+from fastnewton.mpi import Segment, gpu_aware, messages
 
 EXCHANGE = os.environ.get("EXCHANGE", "auto")  # of all checks
 DistNewton = functools.partial(fastnewton.mpi.DistNewton, exchange=EXCHANGE)
@@ -193,6 +193,56 @@ def check_the_step_length_of_rank_0_counts(comm):
             expect_step(comm, f"lr={counts}", given, fn.step(thetas, grads, lr=counts))
 
 
+SEGMENTS = [Segment(1000, 0.5), Segment(0, 9.0), Segment(37, 2.0, 0.25), Segment(1963, 0.0), Segment(2000, 0.5, 0.0)]
+
+
+def check_segments_have_lengths_of_their_own(comm):
+    """All from the K of whole vectors; lengths that cut blocks and shards anywhere."""
+    for dtype in DTYPES.values():
+        thetas, grads = data(comm, 5000, dtype)
+        with DistNewton(comm, lr=7.0) as newton:
+            theta, info = newton.step(thetas[comm.rank], grads[comm.rank], segments=SEGMENTS)
+            whole = newton.step(thetas[comm.rank], grads[comm.rank], segments=[Segment(5000, 7.0)])
+        expect_step(comm, f"{dtype}, one segment", whole, fn.step(thetas, grads, lr=7.0))
+        start, wanted = 0, []
+        for length, lr, lr_rest in SEGMENTS:
+            stretch = slice(start, start := start + length)
+            c = info.coefficients
+            wanted.append(fn.combine(thetas[:, stretch], grads[:, stretch], c, lr=lr, lr_rest=lr_rest))
+        expect(comm, raw(theta) != b"".join(map(raw, wanted)) and f"{dtype}: not what fn.combine makes of the segments")
+        expect(comm, raw(info.coefficients) != raw(fn.step(thetas, grads, lr=1.0)[1].coefficients) and "another c")
+        expect_same(comm, f"{dtype}: θ_new", hashlib.sha256(raw(theta)).hexdigest())
+
+
+def check_a_cap_reduces_all_segments_in_proportion(comm):
+    thetas, grads = data(comm, 3000)
+    with DistNewton(comm, lr=1.0, lr_cap="sigma") as newton:
+        theta, info = newton.step(
+            thetas[comm.rank], grads[comm.rank], segments=[Segment(1001, 50.0), Segment(1999, 100.0)]
+        )
+    (_, wanted), c = fn.step(thetas, grads, lr=100.0, lr_cap="sigma"), info.coefficients
+    halves = [
+        fn.combine(thetas[:, part], grads[:, part], c, lr=share * wanted.lr)
+        for part, share in ((slice(0, 1001), 0.5), (slice(1001, 3000), 1.0))
+    ]
+    expect(
+        comm,
+        info.lr != wanted.lr and f"τ {info.lr}, not {wanted.lr}",
+        # 50·(τ/100) and 0.5·τ may differ by a rounding
+        not np.allclose(theta, np.concatenate(halves), rtol=1e-14, atol=1e-14) and "not in proportion",
+    )
+
+
+def check_segments_must_be_those_of_all_ranks(comm):
+    thetas, grads = data(comm, 1100)
+    for rank in ranks_of(comm) if comm.size > 1 else []:
+        with DistNewton(comm, lr=0.5) as newton:
+            mine = [Segment(100, 0.5), Segment(1000, 0.25 if comm.rank == rank else 0.5)]
+            task = functools.partial(newton.step, thetas[comm.rank], grads[comm.rank], segments=mine)
+            expect_error(comm, "others", task, ValueError, "segments", f"rank {rank or 1}")
+            expect_usable(comm, "other segments", newton, 1100, lr=0.5)
+
+
 def check_one_step_solves_a_quadratic(comm):
     n = comm.size - 1  # as many directions as differences between workers
     quadratic = Quadratic(np.random.default_rng(5), n, condition=10.0)
@@ -286,6 +336,14 @@ def _bad_inputs(theta, grad):
         "g too short": ({"grad": grad[:-1]}, ValueError, "grad", f"{theta.size}", f"{theta.size - 1}"),
         "g too long": ({"grad": longer}, ValueError, "grad", f"{theta.size}", f"{longer.size}"),
         "negative lr": ({"lr": -1.0}, ValueError, "lr"),
+        "segments too short": ({"segments": [Segment(1, 0.5)]}, ValueError, "segments", f"{theta.size}", "1"),
+        "no segments": ({"segments": []}, ValueError, "segments", f"{theta.size}"),
+        "a negative segment": ({"segments": [Segment(-1, 0.5)]}, ValueError, "segments[0].length"),
+        "a segment's lr": ({"segments": (Segment(theta.size, np.nan),)}, ValueError, "segments[0].lr"),
+        "a segment's rest": ({"segments": [Segment(theta.size, 0.5, -1)]}, ValueError, "segments[0].lr_rest"),
+        "pairs": ({"segments": [(theta.size, 0.5)]}, TypeError, "segments[0]", "Segment", "tuple"),
+        "a number of segments": ({"segments": 2}, TypeError, "segments", "int"),
+        "lr and segments": ({"lr": 0.5, "segments": [Segment(theta.size, 0.5)]}, TypeError, "lr", "segments"),
         "lr that is no number": ({"lr": "fast"}, TypeError, "lr"),
         "out too long": ({"out": longer}, ValueError, "out"),
         "out of another dtype": ({"out": np.ones(theta.size, np.float32)}, TypeError, "out", "float32"),
@@ -723,6 +781,23 @@ def check_arrays_on_a_device(comm):
                     )
                     expect_same(comm, what, raw(new.host))
                     expect_same(comm, what, fields(info))
+
+
+def check_segments_on_a_device(comm):
+    with _simulated_device() as simulated:
+        thetas, grads = data(comm, 5000, np.float32)
+        given = simulated.there(thetas[comm.rank]), simulated.there(grads[comm.rank])
+        with DistNewton(comm, lr=1.0) as newton:
+            new, info = newton.step(*given, segments=SEGMENTS)
+        start = 0
+        for length, lr, lr_rest in SEGMENTS:
+            stretch = slice(start, start := start + length)
+            lengths = {"lr": lr, "lr_rest": lr_rest}
+            wanted = fn.combine(thetas[:, stretch], grads[:, stretch], info.coefficients, **lengths)
+            # The arithmetic is that of the other side, in another order.
+            right = np.allclose(new.host[stretch], wanted, rtol=1e-5, atol=1e-6 * np.abs(wanted).max(initial=0))
+            expect(comm, not right and f"{length}, {lengths}")
+        expect_same(comm, "θ_new", raw(new.host))
 
 
 class _Recording:

@@ -6,21 +6,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import fastnewton as fn
 
 README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_readme_shows_numpy_torch_jax_mpi_the_server_and_safeguards():
-    libraries = [re.search(r"\b(torch|jax|mpi4py|numpy)\b", code)[0] for code, _ in EXAMPLES]
-    assert libraries == ["numpy", "torch", "jax", "mpi4py", "mpi4py", "mpi4py", "numpy"]
+NAMES = ["numpy", "torch", "jax", "cupy", "optimizer", "allgather", "sharded", "server", "safeguards"]
 
 
-@pytest.mark.parametrize(
-    ("code", "output"), EXAMPLES, ids=["numpy", "torch", "jax", "allgather", "sharded", "server", "safeguards"]
-)
-def test_readme_example_prints_what_the_readme_says(code, output, tmp_path):
+def test_readme_shows_every_library_the_optimizer_mpi_the_server_and_safeguards():
+    libraries = [re.search(r"\b(torch|jax|cupy|mpi4py|numpy)\b", code)[0] for code, _ in EXAMPLES]
+    assert libraries == ["numpy", "torch", "jax", "cupy", *["mpi4py"] * 4, "numpy"]
+    assert "fastnewton.torch" in EXAMPLES[NAMES.index("optimizer")][0]
+
+
+@pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=NAMES)
+def test_readme_example_prints_what_the_readme_says(code, output, tmp_path, capsys):
+    if "import cupy" in code:
+        assert _printed_on_a_simulated_device(code, capsys) == output
+        return
     for library in ("torch", "jax", "mpi4py"):
         if f"import {library}" in code or f"from {library}" in code:
             pytest.importorskip(library)
@@ -34,3 +42,14 @@ def test_readme_example_prints_what_the_readme_says(code, output, tmp_path):
         command = [found, "-n", started[1], sys.executable, "-m", "mpi4py", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert done.stdout == output, done.stderr
+
+
+def _printed_on_a_simulated_device(code, capsys):
+    from cudasim import build, checks
+
+    if reason := build.why_unavailable():
+        pytest.skip(reason)
+    fn.step(*np.ones((2, 2, 2)), lr=1.0)  # Numba must not be loaded while sys.modules is patched, and then forgotten
+    with checks.simulated_device():
+        exec(compile(code, "README.md", "exec"), {})
+    return capsys.readouterr().out

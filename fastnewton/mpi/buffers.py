@@ -7,8 +7,6 @@ import numpy as np
 
 from fastnewton import arrays
 from fastnewton.arrays import Rows
-from fastnewton.backends import backend
-from fastnewton.info import StepInfo
 from fastnewton.kernels import cuda
 from fastnewton.mpi import gpu_aware
 from fastnewton.mpi.messages import WORDS
@@ -44,11 +42,9 @@ class HostBuffers:
         """Memory in which the shards of θ_new come together."""
         return arrays.memory(target, self.word, read_only=False)
 
-    def finish(
-        self, thetas: Rows, grads: Rows, info: StepInfo, target: Rows, compute: str, start: int, whole: Any
-    ) -> None:
-        """Write θ_new from coordinate `start` on to `whole`, and in the record whether it is finite."""
-        backend(target).finish(thetas, grads, info, target.part(start, thetas.n), compute)
+    def finish(self, write: Callable[[Rows], None], target: Rows, piece: slice, whole: Any) -> None:
+        """Have this piece of θ_new written, so that it is in `whole`."""
+        write(target.part(piece.start, piece.stop - piece.start))
 
     def deliver(self, whole: Any, target: Rows) -> None:
         """θ_new has come together where the caller wants it."""
@@ -95,13 +91,11 @@ class PinnedBuffers(DeviceBuffers):
     def collecting(self, target: Rows) -> Any:
         return cuda.pinned((target.n,), self.word)
 
-    def finish(
-        self, thetas: Rows, grads: Rows, info: StepInfo, target: Rows, compute: str, start: int, whole: Any
-    ) -> None:
-        shard = cuda.cupy().empty(thetas.n, self.word)
-        there = target._replace(table=np.array([shard.data.ptr], np.int64), n=thetas.n)
-        backend(target).finish(thetas, grads, info, there, compute)
-        cuda.fetch(there, whole[start : start + thetas.n]).synchronize()
+    def finish(self, write: Callable[[Rows], None], target: Rows, piece: slice, whole: Any) -> None:
+        shard = cuda.cupy().empty(piece.stop - piece.start, self.word)
+        there = target._replace(table=np.array([shard.data.ptr], np.int64), n=shard.size)
+        write(there)
+        cuda.fetch(there, whole[piece]).synchronize()
 
     def deliver(self, whole: Any, target: Rows) -> None:
         cuda.written(whole, target)

@@ -13,6 +13,7 @@ from fastnewton.info import StepInfo
 from fastnewton.kernels.record import RESULT
 from fastnewton.mpi.buffers import buffers
 from fastnewton.mpi.messages import counted, message
+from fastnewton.mpi.segments import Lengths, finish
 
 
 def block_bounds(comm: MPI.Intracomm, like: Rows) -> list[int]:
@@ -86,10 +87,10 @@ class AllgatherExchange(_Received):
         self.wait()
         return self._received("thetas", self._thetas, like)
 
-    def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str) -> None:
+    def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str, lengths: Lengths) -> None:
         """Write θ_new to `target`, and in the record whether it is finite."""
         thetas, grads = self.thetas(target).only(workers), self.grads(target).only(workers)
-        backend(target).finish(thetas, grads, info, target, compute)
+        finish(thetas, grads, info, target, compute, lengths, 0)
 
     def _to_scan(self) -> np.ndarray:
         return np.array([self._comm.rank])
@@ -134,14 +135,14 @@ class ShardedExchange(_Received):
         self.wait()
         return self._received("thetas", self._thetas, like).part(-self._start, like.n)
 
-    def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str) -> None:
+    def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str, lengths: Lengths) -> None:
         """Write θ_new to `target`, and in the record whether it is finite anywhere."""
         own = [rows.only(workers).part(self._start, self._own) for rows in (self.thetas(target), self.grads(target))]
-        whole = self._buffers.collecting(target)
-        self._buffers.finish(*own, info, target, compute, self._start, whole)
+        whole, piece = self._buffers.collecting(target), self._pieces[self._comm.rank]
+        self._buffers.finish(lambda out: finish(*own, info, out, compute, lengths, self._start), target, piece, whole)
         broken = np.zeros(self._comm.size)
         verdicts = self._comm.Iallgather(info.record[RESULT : RESULT + 1].copy(), broken)
-        shard = whole[self._pieces[self._comm.rank]]
+        shard = whole[piece]
         MPI.Request.Waitall(self._passed_on(lambda _rank: shard, lambda rank: whole[self._pieces[rank]]))
         self._count("Allgather", shard.nbytes * (self._comm.size - 1))
         verdicts.Wait()

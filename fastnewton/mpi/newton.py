@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,13 @@ from fastnewton.kernels.record import GO, STATUS
 from fastnewton.launch import foreign_launcher
 from fastnewton.method import NonFiniteError, Options
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
+from fastnewton.mpi.segments import Lengths, Segment
 from fastnewton.safeguards import Safeguards
 
 EXCHANGES = ("allgather", "sharded", "auto")
 SHARDED_FROM = 1 << 18  # bytes of a gradient; measured: equal at 160 KiB with 4 ranks of one node, 800 KiB with 2
 
+_PROBLEM = -1.0  # in place of the digest of a rank's segments
 _BAD_INPUT = 3  # the status that rank 0 broadcasts where a rank has nothing to step with
 
 
@@ -110,7 +112,15 @@ class DistNewton:
             self._comm.Free()
         self._exchange = None
 
-    def step(self, theta: Any, grad: Any, *, lr: float | None = None, out: Any = None) -> tuple[Any, StepInfo]:
+    def step(
+        self,
+        theta: Any,
+        grad: Any,
+        *,
+        lr: float | None = None,
+        segments: Sequence[Segment] | None = None,
+        out: Any = None,
+    ) -> tuple[Any, StepInfo]:
         """One step; θ_new has the same bits on every rank.
 
         Parameters
@@ -120,6 +130,10 @@ class DistNewton:
             a CUDA device are staged through pinned host memory.
         lr : float, optional
             τ for this step alone; that of rank 0 counts.
+        segments : sequence of Segment, optional
+            Stretches of the vectors, in order, with τ and β of their own instead of `lr` and `lr_rest`, the same on all
+            ranks; K is that of whole vectors.  The step is decided, and `lr_cap` set, for the segment of the largest τ;
+            the others' are then reduced in proportion.
         out : array (n,), optional
             As in `fastnewton.step`; here it may be `theta`.
 
@@ -139,16 +153,25 @@ class DistNewton:
         """
         if self._comm == MPI.COMM_NULL:
             raise ValueError("this DistNewton is closed")
-        checked, problem = _attempt(lambda: self._checked(theta, grad, lr, out))
+        checked, problem = _attempt(lambda: self._checked(theta, grad, lr, segments, out))
         if self._like is None:
             self._agree(checked, problem)
         with threads.set_thread_limit(self._threads):
             return self._step(checked, problem)
 
+    def agree(self, terms: Callable[[], str], what: str) -> None:
+        """Collective: unless the terms are the same, or where they raise, the same error on all ranks."""
+        mine, problem = _attempt(terms)
+        self._raise_first(problem)
+        every = self._comm.allgather(mine)
+        for rank, given in enumerate(every):
+            if given != every[0]:
+                raise ValueError(f"rank {rank}: {what} must be those of rank 0")
+
     # -- input ----------------------------------------------------------------------------------------------
 
-    def _checked(self, theta: Any, grad: Any, lr: float | None, out: Any):
-        """Rows of one row, the output and this step's lr."""
+    def _checked(self, theta: Any, grad: Any, lr: float | None, segments: Any, out: Any):
+        """Rows of one row, the output and this step's lengths."""
         first, second = arrays.single(theta, "theta"), arrays.single(grad, "grad")
         arrays.check_alike(second, "grad", first, "theta")
         if second.n != first.n:
@@ -161,9 +184,16 @@ class DistNewton:
                     f"{wanted.device}; got {first.n}, {first.dtype} and {first.device}"
                 )
         inputs = (second,) if out is theta else (first, second)
-        tau = self._lr if lr is None else arrays.real(lr, "lr")
+        lengths = self._lengths(lr, segments, first.n)
         with backend(first).context(first):
-            return first, second, arrays.output(out, first, inputs), tau
+            return first, second, arrays.output(out, first, inputs), lengths
+
+    def _lengths(self, lr: float | None, segments: Any, n: int) -> Lengths:
+        if segments is None:
+            return Lengths(self._lr if lr is None else arrays.real(lr, "lr"), self._options.lr_rest)
+        if lr is not None:
+            raise TypeError("lr must be left out where segments are given, which have their own")
+        return Lengths.of(segments, n)
 
     def _agree(self, checked: Any, problem: Exception | None) -> None:
         """Allocate, then make sure that n, dtype, options and kernels are the same on all ranks."""
@@ -206,36 +236,43 @@ class DistNewton:
     # -- the step -------------------------------------------------------------------------------------------
 
     def _step(self, checked: Any, problem: Exception | None) -> tuple[Any, StepInfo]:
-        *given, target, tau = checked or (None, self._lr)
+        *given, target, lengths = checked or (None, self._lengths(None, None, 0))
         like = given[0] if given else self._like
         with backend(like).context(like):
             self._exchange.start(like, *given)
-            info = self._options.counted(self._round(np.arange(self._comm.size), tau, target, like, problem))
+            info = self._options.counted(self._round(np.arange(self._comm.size), lengths, target, like, problem))
             return target.finish(), info
 
-    def _round(self, workers: np.ndarray, tau: float, target: Any, like: Rows, problem: Any) -> StepInfo:
+    def _round(self, workers: np.ndarray, lengths: Lengths, target: Any, like: Rows, problem: Any) -> StepInfo:
         """The step of these workers, as `fastnewton.method` takes it; collective."""
         options, exchange = self._options, self._exchange
         products = sums = options.compute(like.dtype)
+
+        def finish(info: StepInfo, compute: str) -> None:
+            exchange.finish(workers, info, target.rows, compute, lengths)
+
         while True:
-            info = self._decide(workers, tau, products, like, problem)
+            info = self._decide(workers, lengths, products, like, problem)
             if info.status == GO or options.nonfinite == "propagate":
-                exchange.finish(workers, info, target.rows, sums)
+                finish(info, sums)
             if options.is_unchecked or info.is_sound:
                 return info
             if bad := exchange.nonfinite_workers(workers, like):
-                return info if options.nonfinite == "propagate" else self._without(bad, workers, tau, target, like)
+                return info if options.nonfinite == "propagate" else self._without(bad, workers, lengths, target, like)
             if (products if info.status != GO else sums) == "float64":
-                return options.overflowed(info, lambda last: exchange.finish(workers, last, target.rows, "float64"))
+                return options.overflowed(info, lambda last: finish(last, "float64"))
             products, sums = ("float64", sums) if info.status != GO else (products, "float64")
 
-    def _decide(self, workers: np.ndarray, tau: float, compute: str, like: Rows, problem: Exception | None) -> StepInfo:
+    def _decide(
+        self, workers: np.ndarray, lengths: Lengths, compute: str, like: Rows, problem: Exception | None
+    ) -> StepInfo:
         """Rank 0's decision from the parts of all ranks."""
-        total, problem = self._summed(workers, compute, like, problem)
+        total, problem = self._summed(workers, compute, like, lengths.digest, problem)
         record = np.zeros(size_of(workers.size))
         if total is not None:
             gram = backend(like).total(*total, workers.size, like.dtype, self._options)
-            record = eigen.decide(gram, tau, self._options).record
+            options = dataclasses.replace(self._options, lr_rest=lengths.lr_rest)
+            record = eigen.decide(gram, lengths.lr, options).record
         elif self._comm.rank == 0:
             record[STATUS] = _BAD_INPUT
         self._comm.Bcast(record, root=0)
@@ -245,7 +282,7 @@ class DistNewton:
         return StepInfo(record)
 
     def _summed(
-        self, workers: np.ndarray, compute: str, like: Rows, problem: Exception | None
+        self, workers: np.ndarray, compute: str, like: Rows, agreed: float, problem: Exception | None
     ) -> tuple[tuple[np.ndarray, np.ndarray] | None, Exception | None]:
         """On rank 0 places and parts of all ranks, or None if a rank has a problem; and this rank's problem."""
         side, comm, options = backend(like), self._comm, self._options
@@ -263,7 +300,7 @@ class DistNewton:
             found, problem = _attempt(parts)
         if problem is None:
             mine[1:] = found.ravel()
-        mine[0] = problem is not None
+        mine[0] = agreed if problem is None else _PROBLEM
         self._exchange.wait()
         counts = [1 + len(own) * width for own in places]
         every = np.empty(sum(counts)) if comm.rank == 0 else None
@@ -272,15 +309,17 @@ class DistNewton:
         if comm.rank != 0:
             return None, problem
         pieces = np.split(every, np.cumsum(counts)[:-1])
-        if any(piece[0] for piece in pieces):
+        if others := [rank for rank, piece in enumerate(pieces) if piece[0] != agreed]:
+            if problem is None and all(piece[0] != _PROBLEM for piece in pieces):
+                problem = ValueError(f"segments must be those of all ranks; got others on rank {others[0]}")
             return None, problem
         parts = np.concatenate([piece[1:] for piece in pieces]).reshape(-1, width)
         return (np.array([*itertools.chain(*places)], np.int64).reshape(-1, 2), parts), problem
 
-    def _without(self, bad: list[int], workers: np.ndarray, tau: float, target: Any, like: Rows) -> StepInfo:
+    def _without(self, bad: list[int], workers: np.ndarray, lengths: Lengths, target: Any, like: Rows) -> StepInfo:
         if self._options.nonfinite == "raise" or len(bad) == workers.size:
             raise NonFiniteError.of(bad)
-        info = self._round(np.setdiff1d(workers, bad), tau, target, like, None)
+        info = self._round(np.setdiff1d(workers, bad), lengths, target, like, None)
         return dataclasses.replace(info, dropped=tuple(bad))
 
 
