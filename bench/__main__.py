@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import claims, compare, exchange, figure1, gpu, network, peers, plots, problems, quadratic, report, train
+from bench import (
+    claims,
+    compare,
+    exchange,
+    figure1,
+    gpu,
+    kept,
+    network,
+    page,
+    peers,
+    plots,
+    problems,
+    quadratic,
+    report,
+    scaling,
+    train,
+)
 from bench.ceilings import machine, read_ceiling
 
 DESCRIPTION = """\
@@ -19,12 +36,12 @@ Benchmarks of fastnewton.
 
 Without a sub-command, in at most 3 minutes on 2 cores: what this machine can do, the step's time beside the
 memory floor and what one would write instead, training over 4 MPI ranks, and the quadratic regime.  Every run
-writes a Markdown summary, a JSON file with all figures, and plots.
+writes a page in HTML and Markdown, a JSON file with all figures, and plots; this one ends with the report.
 """
 PEERS = """\
-The step against the roofline of this machine and against NumPy, PyTorch and JAX (where installed), shape by
-shape, each with what it is to reach.  Ceilings, step and peers are timed in turn; figures are medians.
-About 5 minutes.
+The step against the roofline of this machine and against NumPy, SciPy, PyTorch and JAX (where installed), shape by
+shape, each with what it is to reach; on a CUDA device too, beside CuPy.  Ceilings, step and peers are timed in turn, in
+another order each round; figures are medians.  About 8 minutes.
 """
 TRAIN = """\
 Multinomial logistic regression on handwritten digits, n = 650, over MPI ranks: DistNewton beside gradient
@@ -43,6 +60,14 @@ The paper's experiment: a 5-layer convnet of about 16,000 parameters on MNIST an
 claims beside what was found.  Needs PyTorch.  About 40 minutes on 2 cores, with the first 8,192 and 4,864 images; a
 file for each run is written to OUT/figure1/.
 """
+SCALING = """\
+Is the step O(m³ + mn)?  gram, combine and spectrum over m = 2 ... 512 and n = 2^12 ... 2^26, what a rank of the sharded
+exchange computes, and asynchronous Writes; models fitted to the times, with confidence intervals; peak memory.  About 6
+minutes; with --quick less than 2.
+"""
+REPORT = """\
+One page in HTML and Markdown of all that the sub-commands have written to --out.
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,16 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
 def run_all(options: argparse.Namespace, console: Console) -> None:
     """`python -m bench`"""
     shapes = compare.curve(largest=20 if options.quick else 23)
-    steps = _measured(shapes, list(peers.installed()), 5 if options.quick else 7, 8.0, console)
-    picture = report.Picture("Time of a step against n", plots.step_time(steps, machine(), options.out))
-    parts = [report.machine(machine(), steps), report.steps(steps, "One step, m = 8, float32", "n"), picture]
-    on_device = _measured_on_device(console) if gpu.available() else []
-    if on_device:
-        parts.append(report.on_device(gpu.device(), on_device))
-    for part in parts:
-        part.print(console)
-    trained, more = _trained(options, console)
-    _write(options, console, "bench", {"steps": steps, "gpu": on_device, **trained}, parts + more)
+    steps = _measured(shapes, [name for name in peers.installed() if name in peers.QUICK], options, 8.0, console)
+    on_device = _measured_on_device(console)
+    _finish(options, console, "bench", {"steps": steps, "gpu": on_device, **_trained(options, console)})
+    run_report(options, console)
 
 
 def run_peers(options: argparse.Namespace, console: Console) -> None:
@@ -74,23 +93,13 @@ def run_peers(options: argparse.Namespace, console: Console) -> None:
     table = compare.table(24 if options.quick else 26)
     words = [""] if options.peers is None else [word.lower() for word in options.peers]
     chosen = [name for name in peers.installed() if any(word in name.lower() for word in words)]
-    rounds = options.rounds or (5 if options.quick else 15)
-    steps = _measured([table[name] for name in options.shapes or table], chosen, rounds, 60.0, console)
-    parts = [
-        report.machine(machine(), steps),
-        report.steps(steps, "The step and its peers"),
-        report.targets(steps),
-        report.Picture("Roofline over time", plots.ratios(steps, machine(), options.out)),
-    ]
-    for part in parts:
-        part.print(console)
-    _write(options, console, "peers", {"steps": steps}, parts)
+    steps = _measured([table[name] for name in options.shapes or table], chosen, options, 60.0, console)
+    _finish(options, console, "peers", {"steps": steps, "gpu": _measured_on_device(console)})
 
 
 def run_train(options: argparse.Namespace, console: Console) -> None:
     """`python -m bench train`"""
-    trained, parts = _trained(options, console, baselines=True)
-    _write(options, console, "train", trained, parts)
+    _finish(options, console, "train", _trained(options, console, baselines=True))
 
 
 def run_exchange(options: argparse.Namespace, console: Console) -> None:
@@ -99,12 +108,8 @@ def run_exchange(options: argparse.Namespace, console: Console) -> None:
     with _progress(console, len(exchange.RANKS) * len(exchange.lengths(largest))) as (say, advance):
         say("MPI ranks")
         rows = exchange.measure(largest, options.rounds or (5 if options.quick else 15), advance)
-    here = network.measured(rows)
-    picture = report.Picture("The exchanges against n", plots.exchanges(rows, here, options.out))
-    parts = [exchange.table(rows), network.check(here, rows), picture, network.predictions()]
-    for part in parts:
-        part.print(console)
-    _write(options, console, "exchange", {"exchange": rows, "model": dataclasses.asdict(here)}, parts)
+    model = dataclasses.asdict(network.measured(rows))
+    _finish(options, console, "exchange", {"exchange": rows, "model": model})
 
 
 def run_figure1(options: argparse.Namespace, console: Console) -> None:
@@ -126,15 +131,96 @@ def run_figure1(options: argparse.Namespace, console: Console) -> None:
     searched = trained(figure1.tuning(scale), "search for step lengths")
     best = figure1.tuned(searched)
     found = {"tuned": best, "tuning": searched, "settings": trained(figure1.plan(scale, best), "training")}
-    picture = report.Picture("The paper's experiment", plots.figure1(found, options.out))
-    parts = [claims.table(found), picture, claims.settings(found)]
-    for part in parts:
-        part.print(console)
+    _finish(options, console, "figure1", found)
     hours = figure1.estimate(figure1.plan(figure1.SCALES["full"], best)) / 3600
     console.print(f"--full, all images of the full data sets and 50 epochs: about {hours:.0f} hours", highlight=False)
-    _write(options, console, "figure1", found, parts)
 
 
+def run_scaling(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench scaling`"""
+    rounds, shapes = options.rounds or (3 if options.quick else 5), scaling.shapes(options.quick, options.device)
+    with _progress(console, len(shapes) + 1) as (say, advance):
+        say("memory")
+        held = scaling.memory_held() if options.device == "cpu" else []
+        say("ceiling and eigenproblem")
+        on = scaling.side(options.device)
+        cubes, rows = scaling.eigenproblems(on, rounds, options.quick), []
+        advance()
+        for shape in shapes:
+            say(f"m = {shape.m}, n = {shape.n:,}")
+            rows.append(scaling.measure(shape, on, rounds))
+            advance()
+    found = {"device": on.name, "cache": on.cache, "scaling": rows, "eigenproblem": cubes, "memory": held}
+    _finish(options, console, "scaling", found | {"fits": scaling.fitted(rows, cubes, on.cache)})
+
+
+def run_report(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench report`"""
+    written = {name: options.out / f"{name}.json" for name in PARTS}
+    found = {name: json.loads(file.read_text()) for name, file in written.items() if file.exists()}
+    if not found and not options.readme:
+        raise SystemExit(f"no results under {options.out}: run `python -m bench` or a sub-command first")
+    sections = {name: (results, PARTS[name](results, options.out)) for name, results in found.items()}
+    files = page.write(options.out, "report", sections) if found else []
+    if options.readme:
+        files += [*kept.keep({name: written[name] for name in found}), kept.write_readme()]
+    _say_written(console, files)
+
+
+# -- from results to what is shown ----------------------------------------------------------------------------
+
+
+def _overview(found: dict, folder: Path) -> list[page.Part]:
+    picture = report.Picture("Time of a step against n", plots.step_time(found["steps"], found["machine"], folder))
+    return [*_peers(found, folder), picture, *_training(found, folder)]
+
+
+def _peers(found: dict, folder: Path) -> list[page.Part]:
+    rows, targets = found["steps"], report.targets(found["steps"])
+    parts = [report.machine(found["machine"], rows), report.losses(rows), *([targets] if targets.rows else [])]
+    return [*parts, report.steps(rows), *report.on_device(found["gpu"])]
+
+
+def _training(found: dict, folder: Path) -> list[page.Part]:
+    many, few = found["training"], found["quadratic"]
+    return [
+        report.training(many),
+        report.Picture("Gradient norm against gradients per worker", plots.training(many, folder)),
+        report.quadratic(few),
+        report.Picture("Quadratic regime", plots.quadratic(few, folder)),
+    ]
+
+
+def _exchange(found: dict, folder: Path) -> list[page.Part]:
+    rows, here = found["exchange"], network.Network(**found["model"])
+    picture = report.Picture("The exchanges against n", plots.exchanges(rows, here, folder))
+    return [exchange.table(rows), network.check(here, rows), picture, network.predictions()]
+
+
+def _scaling(found: dict, folder: Path) -> list[page.Part]:
+    rows, cubes, fits = found["scaling"], found["eigenproblem"], found["fits"]
+    return [
+        scaling.answer(fits, rows, cubes),
+        report.Picture("Time over m and n, and the shares of the parts", plots.scaling(found, folder)),
+        scaling.fits_table(fits),
+        scaling.sharded_table(rows, cubes, fits),
+        *([scaling.memory_table(found["memory"])] if found["memory"] else []),
+    ]
+
+
+def _figure1(found: dict, folder: Path) -> list[page.Part]:
+    picture = report.Picture("The paper's experiment", plots.figure1(found, folder))
+    return [claims.table(found), picture, claims.settings(found)]
+
+
+PARTS: dict[str, Callable[[dict, Path], list[page.Part]]] = {
+    "bench": _overview,
+    "peers": _peers,
+    "scaling": _scaling,
+    "exchange": _exchange,
+    "train": _training,
+    "figure1": _figure1,
+}
 DEFAULTS = {
     "run": run_all,
     "out": report.OUT,
@@ -144,6 +230,8 @@ DEFAULTS = {
     "shapes": None,
     "rounds": None,
     "peers": None,
+    "device": "cpu",
+    "readme": False,
     "data": None,
     "samples": None,
     "evaluations": train.EVALUATIONS,
@@ -153,8 +241,9 @@ DEFAULTS = {
 
 
 def _measured(
-    shapes: list[compare.Shape], chosen: list[str], rounds: int, limit: float, console: Console
+    shapes: list[compare.Shape], chosen: list[str], options: argparse.Namespace, limit: float, console: Console
 ) -> list[dict]:
+    rounds = options.rounds or (5 if options.quick else 7)
     with _progress(console, len(shapes) * rounds) as (say, advance):
         say("ceilings")
         read_ceiling()
@@ -165,7 +254,9 @@ def _measured(
     return rows
 
 
-def _measured_on_device(console: Console) -> list[dict]:
+def _measured_on_device(console: Console) -> dict | None:
+    if not gpu.available():
+        return None
     cases = gpu.headline(26)
     with _progress(console, len(cases)) as (say, advance):
         rows = []
@@ -173,12 +264,10 @@ def _measured_on_device(console: Console) -> list[dict]:
             say(f"CUDA device, m = {case.m}, {case.dtype}")
             rows.append(gpu.measure(case))
             advance()
-    return rows
+    return {"device": gpu.device(), "steps": rows}
 
 
-def _trained(
-    options: argparse.Namespace, console: Console, baselines: bool = False
-) -> tuple[dict, list[report.Table | report.Picture]]:
+def _trained(options: argparse.Namespace, console: Console, baselines: bool = False) -> dict:
     with _progress(console, train.runs(baselines) + 1) as (say, advance):
         say(f"training, {options.ranks} MPI ranks")
         many = train.train(
@@ -193,21 +282,23 @@ def _trained(
         say("quadratic regime")
         few = quadratic.solve(problems.digits(options.data, options.samples), seed=options.seed)
         advance()
-    parts = [
-        report.training(many),
-        report.Picture("Gradient norm against gradients per worker", plots.training(many, options.out)),
-        report.quadratic(few),
-        report.Picture("Quadratic regime", plots.quadratic(few, options.out)),
-    ]
+    return {"training": many, "quadratic": few}
+
+
+def _finish(options: argparse.Namespace, console: Console, name: str, results: dict) -> None:
+    """Write name.json, and print and write what it says."""
+    data = options.out / f"{name}.json"
+    results = {"command": options.command, "machine": machine(), **results}
+    data.write_text(json.dumps(results, indent=1))
+    parts = PARTS[name](results, options.out)
     for part in parts:
         part.print(console)
-    return {"training": many, "quadratic": few}, parts
-
-
-def _write(options: argparse.Namespace, console: Console, name: str, results: dict, parts: list) -> None:
-    files = report.write(options.out, name, options.command, {"machine": machine(), **results}, parts)
     pictures = [options.out / part.file for part in parts if isinstance(part, report.Picture)]
-    console.print("written:", *map(str, files + pictures), sep="\n  ", highlight=False, soft_wrap=True)
+    _say_written(console, [data, *page.write(options.out, name, {name: (results, parts)}), *pictures])
+
+
+def _say_written(console: Console, files: list[Path]) -> None:
+    console.print("written:", *map(str, files), sep="\n  ", highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -230,20 +321,20 @@ def _parser() -> argparse.ArgumentParser:
     """Options may stand before or after the sub-command; what is not given is taken from DEFAULTS."""
     parser = _parser_for(argparse.ArgumentParser, "python -m bench", DESCRIPTION)
     commands = parser.add_subparsers(title="sub-commands", metavar="")
-    for_peers = _parser_for(commands.add_parser, "peers", PEERS, help="the step against roofline and peers")
-    for_train = _parser_for(commands.add_parser, "train", TRAIN, help="training over MPI ranks")
-    for_exchange = _parser_for(commands.add_parser, "exchange", EXCHANGE, help="the exchanges over MPI")
-    _add_timing(for_exchange)
-    _add_rounds(for_exchange)
-    for_exchange.set_defaults(run=run_exchange)
-    _add_figure1(_parser_for(commands.add_parser, "figure1", FIGURE1, help="the paper's experiment"))
     _add_timing(parser)
-    _add_timing(for_peers)
-    _add_peers(for_peers)
     _add_training(parser)
-    _add_training(for_train)
-    for_peers.set_defaults(run=run_peers)
-    for_train.set_defaults(run=run_train)
+    for name, run, said, text, *additions in (
+        ("peers", run_peers, "the step against roofline and peers", PEERS, _add_timing, _add_peers),
+        ("scaling", run_scaling, "time and memory over m and n", SCALING, _add_timing, _add_rounds, _add_device),
+        ("train", run_train, "training over MPI ranks", TRAIN, _add_training),
+        ("exchange", run_exchange, "the exchanges over MPI", EXCHANGE, _add_timing, _add_rounds),
+        ("figure1", run_figure1, "the paper's experiment", FIGURE1, _add_figure1),
+        ("report", run_report, "one page of all results", REPORT, _add_readme),
+    ):
+        made = _parser_for(commands.add_parser, name, text, help=said)
+        made.set_defaults(run=run)
+        for add in additions:
+            add(made)
     return parser
 
 
@@ -270,8 +361,17 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="what to measure on (cpu)")
+
+
+def _add_readme(parser: argparse.ArgumentParser) -> None:
+    told = "also keep this machine's results under bench/results/ and rewrite README's table of all kept there"
+    parser.add_argument("--readme", action="store_true", help=told)
+
+
 def _add_rounds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of timing (15; quick: 5)")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of timing; quick: fewer")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -297,7 +397,6 @@ def _add_figure1(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--full", action="store_true", help="all images of the full data sets, 50 epochs: hours")
     parser.add_argument("--resume", action="store_true", help="skip runs that have left their file")
     parser.add_argument("--data", metavar="PATH", help="folder with mnist/ and cifar10/ ($FASTNEWTON_DATA or data/)")
-    parser.set_defaults(run=run_figure1)
 
 
 def _positive(text: str) -> int:

@@ -9,6 +9,8 @@ import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numba
@@ -19,6 +21,7 @@ from bench import timing
 READ_BYTES = 1 << 29  # far beyond the last-level cache
 STREAMS = 8
 GEMM_SIZE = 1536
+LIBRARIES = ("numpy", "numba", "scipy", "torch", "jax", "mpi4py")
 
 
 def available_cores() -> int:
@@ -44,8 +47,7 @@ def machine() -> dict:
         "cores": available_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
+        **{name: version(name) for name in LIBRARIES if find_spec(name)},
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
     }
 

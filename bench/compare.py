@@ -13,11 +13,13 @@ import numpy as np
 
 from bench import peers, roofline
 from bench.ceilings import gemm_ceiling, read_ceiling
+from bench.memory import peak_growth
 from bench.timing import Sample, interleaved
 
 STEP, READ, GEMM, FLOAT32 = OURS = ("fastnewton", "read ceiling", "gemm ceiling", "fastnewton, float32")
 SETTLE = 0.12  # seconds; threads of BLAS and OpenMP spin that long and slow the next task; a read wakes the cores
 PEER_BUDGET = 1.5  # seconds that a peer may take for each shape before it is left out of further rounds
+LONGEST = 3.0  # seconds; a peer that takes longer for one call is not timed
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -72,7 +74,14 @@ def measure(shape: Shape, *, rounds: int, limit: float, chosen: Iterable[str], a
     Beyond `limit` seconds there are fewer rounds.
     """
     read, gemm = read_ceiling(), gemm_ceiling(shape.dtype)
-    runs, errors = _prepared(shape, chosen)
+    runs, errors, left_out = _prepared(shape, chosen)
+    memory = {}
+    for name, run in list(runs.items()):
+        start = time.perf_counter()
+        memory[name] = peak_growth(run)
+        if (taken := time.perf_counter() - start) > LONGEST and name not in OURS:
+            del runs[name]
+            left_out[name] = f"{taken:.0f} s a call, {shape.label}"
     tasks = {READ: read, STEP: runs.pop(STEP), GEMM: gemm} | runs
 
     def before() -> None:
@@ -102,6 +111,8 @@ def measure(shape: Shape, *, rounds: int, limit: float, chosen: Iterable[str], a
         "step": samples[STEP].as_dict(),
         "others": {name: sample.as_dict() for name, sample in samples.items() if name not in (READ, GEMM, STEP)},
         "errors": errors,
+        "left_out": left_out,
+        "memory": memory,
     }
     return row | _verdict(shape, samples, least)
 
@@ -128,25 +139,37 @@ def _verdict(shape: Shape, samples: dict[str, Sample], least: float) -> dict:
     }
 
 
-def _prepared(shape: Shape, chosen: Iterable[str]) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """What is timed besides the ceilings, and the errors of the results; a wrong peer is not timed."""
+def _prepared(
+    shape: Shape, chosen: Iterable[str]
+) -> tuple[dict[str, Callable[[], object]], dict[str, float], dict[str, str]]:
+    """What is timed besides the ceilings, the errors of the results, and why a peer is not timed."""
     thetas, grads = peers.workers(shape.m, shape.n)
     dtype = _numpy_dtype(shape.dtype)
     given = (thetas.astype(dtype, copy=False), grads.astype(dtype, copy=False))
     prepares = {STEP: peers.fastnewton}
     if shape.dtype in ("float32", "float64"):
         prepares |= {name: peers.installed()[name] for name in chosen}
-    runs = {name: prepare(*given) for name, prepare in prepares.items()}
-    errors = _errors(runs, peers.reference(*given))
+    expected, runs, errors, left_out = peers.reference(*given), {}, {}, {}
+    for name, prepare in prepares.items():
+        try:
+            runs[name] = prepare(*given)
+            errors[name] = peers.error(np.asarray(runs[name]()), expected)
+        except Exception as problem:  # of a library that is installed and does not work here
+            if name == STEP:
+                raise
+            runs.pop(name, None)
+            left_out[name] = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}"[:120]
     if shape.target == "float32":
         runs[FLOAT32] = peers.fastnewton(thetas, grads)
-        errors |= _errors({FLOAT32: runs[FLOAT32]}, peers.reference(thetas, grads))
+        errors[FLOAT32] = peers.error(runs[FLOAT32](), peers.reference(thetas, grads))
     if errors[STEP] > peers.TOLERANCE[shape.dtype]:
         raise ArithmeticError(f"the step is wrong: its relative error is {errors[STEP]:.1e} ({shape.label})")
-    runs = {name: run for name, run in runs.items() if name in OURS or errors[name] <= peers.TOLERANCE_OF_PEERS}
+    for name in [name for name in runs if name not in OURS and not errors[name] <= peers.TOLERANCE_OF_PEERS]:
+        del runs[name]
+        left_out[name] = f"wrong by {errors[name]:.0e}, {shape.label}"
     if shape.cold:
         runs = {name: _rotating(prepares[name], given, shape.nbytes) for name in runs}
-    return runs, errors
+    return runs, errors, left_out
 
 
 def _numpy_dtype(name: str) -> np.dtype:
@@ -155,10 +178,6 @@ def _numpy_dtype(name: str) -> np.dtype:
     import ml_dtypes
 
     return np.dtype(ml_dtypes.bfloat16)
-
-
-def _errors(runs: dict[str, Callable[[], object]], expected: np.ndarray) -> dict[str, float]:
-    return {name: peers.error(np.asarray(run()), expected) for name, run in runs.items()}
 
 
 def _rotating(prepare: peers.Prepare, given: tuple[np.ndarray, np.ndarray], nbytes: int) -> Callable[[], object]:

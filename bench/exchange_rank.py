@@ -1,7 +1,6 @@
 """One MPI rank of `python -m bench exchange`, started by `exchange.py`."""
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import numpy as np
 from fastnewton.kernels.cpu import BLOCK
 from mpi4py import MPI
 
-from bench import chunks
+from bench import chunks, memory
 from fastnewton.mpi import DistNewton
 
 EXCHANGES = ("sharded", "allgather")
@@ -22,7 +21,7 @@ def measure(comm: MPI.Intracomm, n: int, rounds: int, most_bytes: int) -> dict:
     theta, grad = np.random.default_rng([comm.rank, n]).standard_normal((2, n), dtype=np.float32)
     out = np.empty_like(theta)
     chosen = [kind for kind in EXCHANGES if kind != "allgather" or comm.size * 2 * comm.size * n * 4 <= most_bytes]
-    memory = {kind: _memory(comm, kind, theta, grad) for kind in chosen}
+    held = {kind: _memory(comm, kind, theta, grad) for kind in chosen}
     steps = {kind: DistNewton(comm, lr=0.1, exchange=kind) for kind in chosen}
     tasks: dict[str, Callable] = {"allreduce": lambda: comm.Allreduce(grad, out)}
     tasks |= {kind: lambda newton=newton: newton.step(theta, grad, out=out) for kind, newton in steps.items()}
@@ -48,25 +47,20 @@ def measure(comm: MPI.Intracomm, n: int, rounds: int, most_bytes: int) -> dict:
         "seconds": {name: float(np.median(found)) for name, found in times.items()},
         "spread": {name: [float(q) for q in np.quantile(found, (0.25, 0.75))] for name, found in times.items()},
         "sent": comm.allreduce(sent, lambda x, y: {kind: max(x[kind], y[kind]) for kind in x}),
-        "memory": memory,
+        "memory": held,
     }
 
 
 def _memory(comm: MPI.Intracomm, kind: str, theta: np.ndarray, grad: np.ndarray) -> float | None:
     """The largest growth of a rank over two steps, in arrays of n; None where the system does not tell."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    reset.write_text("5")
-    before = _kib(status, "VmRSS")
-    with DistNewton(comm, lr=0.1, exchange=kind) as newton:
-        for _ in range(2):
-            newton.step(theta, grad)
-    return comm.allreduce(1024 * (_kib(status, "VmHWM") - before) / theta.nbytes, MPI.MAX)
 
+    def steps() -> None:
+        with DistNewton(comm, lr=0.1, exchange=kind) as newton:
+            for _ in range(2):
+                newton.step(theta, grad)
 
-def _kib(status: Path, name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])
+    grown = memory.peak_growth(steps)
+    return None if grown is None else comm.allreduce(grown / theta.nbytes, MPI.MAX)
 
 
 def main(settings: dict) -> None:

@@ -96,7 +96,8 @@ def settle() -> None:
 
 
 @cache
-def _copy() -> Callable[[], None]:
+def copy() -> Callable[[], None]:
+    """Copies COPIED bytes on the device."""
     source, target = (_cupy().empty(COPIED // 4, np.float32) for _ in range(2))
     source.fill(1)
     return lambda: _cupy().copyto(target, source)
@@ -153,7 +154,7 @@ def measure(case: Case) -> dict:
     error = checked(case, thetas, grads, step())
     c, out = cupy.full(case.m, 1 / case.m), thetas[0] * 0
     tasks = {
-        "copy": _copy(),
+        "copy": copy(),
         "step": step,
         "gram": lambda: fn.gram(grads),
         "combine": lambda: fn.combine(thetas, grads, c, lr=peers.LR, out=out),

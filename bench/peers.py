@@ -62,6 +62,13 @@ def error(found: Any, expected: Any) -> float:
     return float(np.sqrt(difference) / (expected**2).sum() ** 0.5)
 
 
+def check(found: Any, thetas: Any, grads: Any) -> None:
+    """ArithmeticError if the step is wrong."""
+    off = error(np.asarray(found), reference(thetas, grads))
+    if not off <= TOLERANCE[grads.dtype.name]:
+        raise ArithmeticError(f"the step is wrong: its relative error is {off:.1e}, m = {len(grads)}")
+
+
 def _coefficients(K: Any, b: Any, xp: Any = np) -> Any:
     """c = V_j diag(σ_j⁻²) V_jᵀ b, in float64."""
     sigma2, V = xp.linalg.eigh(K.astype(np.float64))
@@ -92,6 +99,20 @@ def numpy_literal(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], np.ndar
     return step
 
 
+def scipy_anderson(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
+    """SciPy's Anderson mixing, from all centred rows but one, which the others determine; it has no cutoff."""
+    from scipy.optimize._nonlin import Anderson
+
+    def step():
+        theta_bar, g_bar = thetas.mean(0), grads.mean(0)
+        mixing = Anderson(alpha=-1, w0=0, M=len(grads) - 1)
+        for theta, grad in zip(thetas[1:], grads[1:], strict=True):
+            mixing._update(None, g_bar, theta - theta_bar, grad - g_bar, None, None)
+        return theta_bar - np.asarray(LR, grads.dtype) * mixing.solve(g_bar)
+
+    return step
+
+
 def numpy_blas(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], np.ndarray]:
     """Weights for the rows instead of vectors of length n, through BLAS."""
     return lambda: composed(thetas, grads, np)
@@ -114,6 +135,22 @@ def torch_eager(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
     torch.set_num_threads(available_cores())
     theta, grad = torch.from_numpy(thetas), torch.from_numpy(grads)
     return lambda: torch_composed(theta, grad)
+
+
+def torch_compiled(thetas: np.ndarray, grads: np.ndarray) -> Callable[[], object]:
+    """The same through torch.compile, on the CPU with a C++ compiler."""
+    import torch
+
+    torch.set_num_threads(available_cores())
+    theta, grad, compiled = torch.from_numpy(thetas), torch.from_numpy(grads), _torch_compiled()
+    return lambda: compiled(theta, grad)
+
+
+@cache
+def _torch_compiled() -> Callable:
+    import torch
+
+    return torch.compile(torch_composed, dynamic=True)  # once for all shapes of a dtype
 
 
 def torch_composed(theta: Any, grad: Any) -> Any:
@@ -166,9 +203,14 @@ def jax_composed(theta: Any, grad: Any) -> Any:
 ALL: dict[str, tuple[str, Prepare]] = {
     "NumPy, literal": ("numpy", numpy_literal),
     "NumPy, BLAS": ("numpy", numpy_blas),
+    "SciPy, Anderson": ("scipy", scipy_anderson),
     "PyTorch": ("torch", torch_eager),
+    "torch.compile": ("torch", torch_compiled),
     "JAX, jit": ("jax", jax_jit),
 }
+
+
+QUICK = ("NumPy, literal", "NumPy, BLAS", "PyTorch", "JAX, jit")  # without long compilation and long loops
 
 
 def installed() -> dict[str, Prepare]:

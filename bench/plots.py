@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from bench import network
+from bench import network, roofline
 from bench.claims import NAMES, TUNED, View
 from bench.figure1 import MOMENTUM, PAPER_LRS, WORKERS
 from bench.quadratic import SMALLEST
@@ -28,6 +28,7 @@ COLOURS = {
     "local SGD": "#588157",
     "asynchronous SGD": "#7b5ea7",
 }
+PART_COLOURS = {"gram": "#c1121f", "combine": "#3a5a80", "spectrum": "#e09f3e"}
 STYLE = {
     "figure.dpi": 150,
     "font.size": 10,
@@ -67,26 +68,6 @@ def step_time(rows: list[dict], machine: dict, folder: Path) -> str:
         )
         axes.legend(loc="lower right")  # nothing can be faster than the floor: this corner is empty
         return _save(figure, folder, "step_time.png")
-
-
-def ratios(rows: list[dict], machine: dict, folder: Path) -> str:
-    """How near each shape comes to the roofline, with what it is to reach."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 0.8 + 0.4 * len(rows)))
-        values = [row["ratios"]["roofline"] for row in rows]
-        axes.barh(range(len(rows)), values, color=COLOURS["NumPy, BLAS"], height=0.6)
-        for place, (row, value) in enumerate(zip(rows, values, strict=True)):
-            axes.text(value + 0.01, place, f"{value:.2f}", va="center")
-            if row["target_ratio"] == "roofline":
-                axes.plot([row["least"]] * 2, [place - 0.4, place + 0.4], color=COLOURS["fastnewton"], lw=2)
-        axes.axvline(1.0, color="black", ls="--", lw=1)
-        axes.set_yticks(range(len(rows)), [row["shape"] for row in rows])
-        axes.invert_yaxis()
-        axes.set(xlabel="roofline time / measured time  (1 = the machine's limit; red: to reach)")
-        axes.grid(False, axis="y")
-        axes.set_title("How near the step comes to the roofline", pad=20)
-        _subtitle(axes, f"{machine['cpu']}, {machine['cores']} cores")
-        return _save(figure, folder, "roofline.png")
 
 
 def training(found: dict, folder: Path) -> str:
@@ -185,6 +166,54 @@ def figure1(found: dict, folder: Path) -> str:
             _subtitle(axes, f"{curves[0][1]['run']['samples']:,} images; band: standard deviation over the seeds")
             axes.legend(fontsize=7)
         return _save(figure, folder, "figure1.png")
+
+
+def scaling(found: dict, folder: Path) -> str:
+    """Time against n with the floor, time against m, and the shares of the parts."""
+    cubed = {row["m"]: row["seconds"]["spectrum"] for row in found["eigenproblem"]}
+    rows = {
+        (row["m"], row["n"]): row["seconds"]
+        | {"spectrum": cubed[row["m"]], "floor": roofline.step(row["m"], row["n"], 4).bytes / row["bandwidth"]}
+        for row in found["scaling"]
+        if row["sharded"] is None
+    }
+    ms = sorted({m for m, _ in rows})
+    at = max(n for _, n in rows if all((m, n) in rows for m in ms))  # the longest that all m share
+    with plt.rc_context(STYLE):
+        figure, (over_n, over_m, shares) = plt.subplots(3, 1, figsize=(8, 13))
+        for m, colour in zip(ms, plt.colormaps["viridis"](np.linspace(0, 0.9, len(ms))), strict=True):
+            lengths = sorted(n for other, n in rows if other == m)
+            total = [sum(rows[m, n][part] for part in PART_COLOURS) for n in lengths]
+            over_n.loglog(lengths, total, "o-", color=colour, ms=3, label=f"m = {m}")
+            over_n.loglog(lengths, [rows[m, n]["floor"] for n in lengths], "--", color=colour, lw=0.8)
+        parts = {part: np.array([rows[m, at][part] for m in ms]) for part in PART_COLOURS}
+        for part, times in parts.items():
+            over_m.loglog(ms, times, "o-", color=PART_COLOURS[part], label=part)
+        over_m.loglog(ms, [rows[m, at]["floor"] for m in ms], "--", color="black", lw=1, label="memory floor of a step")
+        stack = np.array(list(parts.values())) / sum(parts.values())
+        shares.stackplot(ms, stack, labels=list(parts), colors=PART_COLOURS.values())
+        shares.set(xscale="log", xlim=(ms[0], ms[-1]), ylim=(0, 1))
+        for axes, title, words, x, y in (
+            (
+                over_n,
+                "Time against n",
+                "dashed: a step's bytes at the bandwidth measured beside it",
+                "parameters n",
+                "time",
+            ),
+            (over_m, f"Time against m, n = {at:,}", found["device"], "workers m", "time"),
+            (shares, f"Shares of the parts, n = {at:,}", "one process", "workers m", "share"),
+        ):
+            axes.set(xlabel=x, ylabel=y)
+            axes.set_title(title, pad=20)
+            _subtitle(axes, words)
+            axes.legend(fontsize=8, ncols=2, loc="upper left", frameon=True)
+            if y == "time":
+                _in_seconds(axes)
+            if x == "workers m":
+                axes.set_xticks(ms, [str(m) for m in ms])
+                axes.minorticks_off()
+        return _save(figure, folder, "scaling.png")
 
 
 def gpu(rows: list[dict], folder: Path) -> str:

@@ -1,6 +1,5 @@
 """Results as tables on the terminal, as Markdown, and as one JSON file."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +7,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from bench import peers
 from bench.quadratic import TARGET_ORDER
 
 LONG = 60  # characters of a first column that may be broken into lines
-OUT = Path(__file__).resolve().parent / "out"
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "bench" / "out"
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,18 @@ class Picture:
         return f"![{self.title}]({self.file})"
 
 
-def write(folder: Path, name: str, command: str, results: dict, parts: list[Table | Picture]) -> list[Path]:
-    """Write name.json and name.md; the files, for the user to look at."""
-    data, page = folder / f"{name}.json", folder / f"{name}.md"
-    data.write_text(json.dumps({"command": command, **results}, indent=1))
-    head = f"# {results['machine']['cpu']}, {results['machine']['cores']} cores\n\nMade by `{command}`."
-    page.write_text("\n\n".join([head, *(part.markdown() for part in parts)]) + "\n")
-    return [data, page]
+@dataclass(frozen=True)
+class Words:
+    """What the figures say."""
+
+    title: str
+    paragraphs: list[str]
+
+    def print(self, console: Console) -> None:
+        console.print(f"\n[bold]{self.title}[/bold]", *self.paragraphs, sep="\n", highlight=False)
+
+    def markdown(self) -> str:
+        return "\n\n".join([f"### {self.title}", *self.paragraphs])
 
 
 def machine(found: dict, rows: list[dict]) -> Table:
@@ -82,31 +86,41 @@ def machine(found: dict, rows: list[dict]) -> Table:
     return Table(title, ("ceiling", "median", "range"), lines, note)
 
 
-def steps(rows: list[dict], title: str, first: str = "shape") -> Table:
-    """The step beside its floor and the peers."""
-    names = [name for name in peers.ALL if any(name in row["errors"] for row in rows)]
-    columns = (first, "roofline", "fastnewton", "roofline /time", *names, "best /time")
-    lines = [
-        (
-            f"{row[first]:,}" if first == "n" else row[first],
-            milliseconds(row["roofline"]),
-            milliseconds(row["step"]["median"]),
-            f"{row['ratios']['roofline']:.2f}",
-            *(_peer(row, name) for name in names),
-            f"{row['ratios']['best peer']:.1f}" if "best peer" in row["ratios"] else "",
-        )
-        for row in rows
+def steps(rows: list[dict]) -> Table:
+    """Everyone at every shape, the fastest first."""
+    lines = []
+    for row in rows:
+        timed = {"fastnewton": row["step"], **row["others"]}
+        for name in sorted(timed, key=lambda name: timed[name]["median"]):
+            taken, held = timed[name]["median"], row["memory"].get(name)
+            cells = (
+                f"{100 * timed[name]['spread']:.0f} %",
+                f"{row['bytes'] / taken / 1e9:.1f}",
+                f"{100 * row['roofline'] / taken:.0f} %",
+                f"{taken / row['step']['median']:.2f}",
+                "" if held is None else f"{held / 1e6:,.1f}",
+            )
+            lines.append((row["shape"], name, milliseconds(taken), *cells))
+    left_out = {f"{name} ({why})" for row in rows for name, why in row["left_out"].items()}
+    note = (
+        "Medians of interleaved rounds, each in another order; the spread is the distance of the quartiles. GB/s: the "
+        "bytes that a step must move over the time. Peak: MB beside the arrays handed in, during one call. Every "
+        "result was checked against float64 first."
+    )
+    note += f" Not timed: {'; '.join(sorted(left_out))}." if left_out else ""
+    columns = ("shape", "", "ms", "spread", "GB/s", "of roofline", "time /ours", "peak MB")
+    return Table("The step and its peers", columns, lines, note)
+
+
+def losses(rows: list[dict]) -> Words:
+    """The shapes at which a peer is faster, or as fast within a tenth."""
+    compared = [row for row in rows if row["best_peer"]]
+    said = [
+        f"{row['shape']}: {row['best_peer']} takes {row['ratios']['best peer']:.2f} of our time."
+        for row in compared
+        if row["ratios"]["best peer"] < 1.1
     ]
-    note = "Times in ms: medians of interleaved rounds. Every result was checked against float64 first"
-    wrong = any(name in row["errors"] and name not in row["others"] for row in rows for name in names)
-    note += ": one that is wrong is off by more than 2 %, and was not timed." if wrong else "."
-    return Table(title, columns, lines, note)
-
-
-def _peer(row: dict, name: str) -> str:
-    if name in row["others"]:
-        return milliseconds(row["others"][name]["median"])
-    return "wrong" if name in row["errors"] else ""
+    return Words("Where we lose", said or [f"At none of the {len(compared)} shapes with a peer is one as fast."])
 
 
 def targets(rows: list[dict]) -> Table:
@@ -125,8 +139,11 @@ def targets(rows: list[dict]) -> Table:
     return Table("Targets", ("shape", "to reach", "measured", "spread", "verdict"), lines, note)
 
 
-def on_device(found: dict, rows: list[dict]) -> Table:
-    """The step on a CUDA device, beside a copy and the peers."""
+def on_device(found: dict | None) -> list[Table]:
+    """The step on a CUDA device, if there was one, beside a copy and the peers."""
+    if found is None:
+        return []
+    rows = found["steps"]
     names = sorted({name for row in rows for name in row["seconds"]} & {"CuPy", "PyTorch", "torch.compile", "JAX, jit"})
     lines = [
         (
@@ -141,7 +158,7 @@ def on_device(found: dict, rows: list[dict]) -> Table:
     ]
     columns = ("shape", "roofline", "fastnewton", "of copy", "roofline /time", *names)
     note = "Times in ms. Of copy: bytes that must move / time, over the bandwidth of a device-to-device copy."
-    return Table(f"One step on {found['device']}", columns, lines, note)
+    return [Table(f"One step on {found['device']['device']}", columns, lines, note)]
 
 
 def training(found: dict) -> Table:

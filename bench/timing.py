@@ -1,6 +1,7 @@
 """Timing several tasks in turn, so that all of them see the same machine."""
 
 import gc
+import random
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -46,13 +47,13 @@ def interleaved(
     settle: Callable[[], None] = lambda: None,
     after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, Sample]:
-    """Time every task once a round, in the order given; each has run before, so nothing is compiled now.
+    """Time every task once a round, in an order drawn for it; each has run before, so nothing is compiled now.
 
     `before` is called before each task, `settle` before the clock is read, `after_round` after each round.  A task
     that has used up `budget` seconds is left out of further rounds, unless it is among the unlimited.  Beyond `limit`
     seconds in all, further rounds are skipped, except for the first LEAST_ROUNDS.
     """
-    end = time.perf_counter() + limit
+    end, draw = time.perf_counter() + limit, random.Random(0)
     calls = {name: _calls(task, settle) for name, task in tasks.items()}
     found: dict[str, list[float]] = {name: [] for name in tasks}
     enabled = gc.isenabled()
@@ -62,7 +63,7 @@ def interleaved(
             if number >= LEAST_ROUNDS and time.perf_counter() > end:
                 after_round()
                 continue
-            for name, task in tasks.items():
+            for name, task in draw.sample(list(tasks.items()), len(tasks)):
                 spent = sum(found[name]) * calls[name]
                 if not found[name] or spent < budget or name in unlimited:
                     before()

@@ -106,7 +106,8 @@ def test_tasks_are_timed_in_turn_and_a_slow_one_only_once():
 
     tasks = {name: partial(task, name) for name in ("a", "b")}
     found = timing.interleaved(tasks, rounds=4, budget=0.0, unlimited={"a"})
-    assert "".join(order) == "ab" + "ab" + "aaa"  # a first look at each, then the rounds
+    said = "".join(order)
+    assert (said[:2], sorted(said[2:4]), said[4:]) == ("ab", ["a", "b"], "aaa")  # a first look, then the rounds
     assert {name: len(sample.seconds) for name, sample in found.items()} == {"a": 4, "b": 1}
 
 
@@ -117,7 +118,14 @@ def test_a_sample_is_summed_up():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["fastnewton", *peers.ALL])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.full if name == "torch.compile" else ())  # compiles for a minute
+        for name in ("fastnewton", *peers.ALL)
+    ],
+)
+@pytest.mark.filterwarnings("default")  # those of torch.compile
 def test_every_peer_takes_the_same_step(name, dtype):
     prepares = {"fastnewton": peers.fastnewton, **peers.installed()}
     if name not in prepares:
@@ -376,7 +384,7 @@ def test_what_was_fitted_is_shown(exchanged, tmp_path):
     assert (tmp_path / plots.exchanges([row], here, tmp_path)).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"], ["exchange"], ["figure1"]])
+@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"], ["exchange"], ["figure1"], ["scaling"], ["report"]])
 def test_help_names_every_option(capsys, arguments):
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--help"])
@@ -386,6 +394,8 @@ def test_help_names_every_option(capsys, arguments):
         "train": ("--data", "--evaluations", "--ranks"),
         "exchange": ("--quick", "--rounds"),
         "figure1": ("--quick", "--full", "--resume", "--data"),
+        "scaling": ("--quick", "--device"),
+        "report": ("--readme",),
     }
     for name in ("--out", *options.get(arguments[0] if arguments else "train", ())):
         assert name in said
@@ -448,8 +458,30 @@ def test_peers_are_compared_and_written(tmp_path, monkeypatch, capsys):
     assert row["reached"] == (row["ratios"]["best peer"] >= 3)
     page = (tmp_path / "peers.md").read_text()
     assert f"| {row['ratios']['best peer']:.2f} |" in page
-    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert f"| {1e3 * row['step']['median']:.3g}"[:6] in page
+    assert row["memory"].keys() == {"fastnewton", *row["others"]}
     assert "Targets" in capsys.readouterr().out
+
+
+def test_a_peer_that_does_not_work_or_is_wrong_is_named_with_the_reason(monkeypatch):
+    def broken(thetas, grads):
+        raise OSError("no compiler\nlong story")
+
+    monkeypatch.setattr(peers, "installed", lambda: {"broken": broken, "wrong": lambda t, g: lambda: 2 * t[0]})
+    runs, errors, left_out = compare._prepared(compare.Shape(3, 2000), ["broken", "wrong"])
+    assert set(runs) == {"fastnewton"}
+    assert errors["wrong"] > peers.TOLERANCE_OF_PEERS
+    assert left_out["broken"] == "OSError: no compiler"
+    assert left_out["wrong"].startswith("wrong by")
+
+
+def test_the_shapes_where_a_peer_is_as_fast_are_said():
+    def row(shape, ratio):
+        return {"shape": shape, "best_peer": "P", "ratios": {"best peer": ratio}}
+
+    (said,) = report.losses([row("small", 0.9), row("large", 1.2)]).paragraphs
+    assert said == "small: P takes 0.90 of our time."
+    assert report.losses([row("large", 1.2)]).paragraphs == ["At none of the 1 shapes with a peer is one as fast."]
 
 
 def test_every_shape_of_the_table_is_as_large_as_it_says():

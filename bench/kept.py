@@ -1,0 +1,74 @@
+"""Results of named machines, kept under bench/results/, and README's table of them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from bench.report import ROOT, Table, milliseconds
+
+FOLDER, README = ROOT / "bench" / "results", ROOT / "README.md"
+KEPT = ("peers", "scaling")
+BEGIN, END = "<!-- measured: python -m bench report --readme -->", "<!-- end of measured -->"
+
+
+def keep(files: dict[str, Path]) -> list[Path]:
+    """Copy the results to the folder of the machine that they name; the copies."""
+    copies = []
+    for file in (file for name, file in files.items() if name in KEPT):
+        machine = json.loads(file.read_text())["machine"]
+        name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores']} cores".lower())
+        (FOLDER / name).mkdir(exist_ok=True, parents=True)
+        copies.append(Path(shutil.copy(file, FOLDER / name / file.name)))
+    return copies
+
+
+def write_readme() -> Path:
+    """Replace what stands between README's markers."""
+    head, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    if END not in rest:
+        raise ValueError(f"{README} must have a line {BEGIN!r} and after it a line {END!r}")
+    README.write_text(f"{head}{block()}{rest.partition(END)[2]}", encoding="utf-8")
+    return README
+
+
+def block() -> str:
+    """What is to stand between README's markers, with these."""
+    texts = [text for folder in sorted(FOLDER.iterdir()) if folder.is_dir() for text in _of_machine(folder)]
+    return "\n\n".join([BEGIN, *texts, END])
+
+
+def _of_machine(folder: Path) -> list[str]:
+    found = {
+        name: json.loads((folder / f"{name}.json").read_text()) for name in KEPT if (folder / f"{name}.json").exists()
+    }
+    texts = []
+    if "peers" in found:
+        texts.append(_peers(found["peers"]).markdown().partition("\n\n")[2])
+    if "scaling" in found:
+        texts.append(_scaling(found["scaling"]))
+    return texts
+
+
+def _peers(found: dict) -> Table:
+    machine, rows = found["machine"], found["steps"]
+    lines = []
+    for row in rows:
+        peer, ratio = row["best_peer"] or "", row["ratios"].get("best peer")
+        share = f"{100 * row['ratios']['roofline']:.0f} %"
+        taken = row["step"]["median"]
+        cells = (milliseconds(taken), f"{row['bytes'] / taken / 1e9:.1f}", share, peer, f"{ratio:.1f}" if ratio else "")
+        lines.append((row["shape"], *cells))
+    title = f"{machine['cpu']}, {machine['cores']} cores"
+    note = f"{title}; `{found['command']}`: medians; times faster than the best peer of the same run."
+    return Table(title, (title, "ms", "GB/s", "of roofline", "best peer", "times faster"), lines, note)
+
+
+def _scaling(found: dict) -> str:
+    fits = found["fits"]
+    gram = fits.get("gram, beyond") or fits["gram, in cache"]
+    value, low, high = ("∞" if number is None else f"{number:.0f}" for number in gram["crossover"])
+    return (
+        f"In one process gram's m²n overtakes mn at m ≈ {value} (95 %: {low} to {high}; `{found['command']}`); "
+        "sharded, a rank's work is O(m³ + mn)."
+    )
