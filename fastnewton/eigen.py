@@ -91,8 +91,10 @@ def projected(raw: Any, dtype: str) -> Gram:
     theta_matrix, _, _, theta_floor = small.projected(raw.of_thetas, raw.m, EPS[dtype])
     if raw.cross is None:
         return Gram(matrix, projection, norm2, floor, theta_matrix, None, theta_floor)
-    cross, along = small.centred(raw.cross), raw.cross[:, -1]
-    return Gram(matrix, projection, norm2, floor, theta_matrix, cross, theta_floor, along - along.mean())
+    cross = small.centred(raw.cross)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found in K
+        along = raw.cross[:, -1] - raw.cross[:, -1].mean()
+    return Gram(matrix, projection, norm2, floor, theta_matrix, cross, theta_floor, along)
 
 
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None, eigh: Callable = np.linalg.eigh) -> Spectrum:

@@ -9,7 +9,7 @@ from fastnewton.kernels import cpu
 @contextlib.contextmanager
 def reads():
     """The addresses of rows, by argument, that the kernels are first given for it inside the block."""
-    seen, gram, combine, step = {}, cpu.gram, cpu.combine, cpu.step
+    seen, gram, joint_gram, combine, step = {}, cpu.gram, cpu.joint_gram, cpu.combine, cpu.step
 
     def note(**arguments):
         for name, rows in arguments.items():
@@ -20,6 +20,10 @@ def reads():
         note(grads=grads, z=z, thetas=thetas)
         return gram(grads, z, thetas, **options)
 
+    def spied_joint_gram(thetas, grads):
+        note(thetas=thetas, grads=grads)
+        return joint_gram(thetas, grads)
+
     def spied_combine(thetas, grads, coefficients, *, out, z=None, **options):
         note(thetas=thetas, grads=grads, z=z, out=out)
         return combine(thetas, grads, coefficients, out=out, z=z, **options)
@@ -28,5 +32,6 @@ def reads():
         note(thetas=thetas, grads=grads, out=out)
         return step(thetas, grads, out, *settings, **options)
 
-    with mock.patch.multiple(cpu, gram=spied_gram, combine=spied_combine, step=spied_step):
+    spies = {"gram": spied_gram, "joint_gram": spied_joint_gram, "combine": spied_combine, "step": spied_step}
+    with mock.patch.multiple(cpu, **spies):
         yield seen

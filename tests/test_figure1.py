@@ -384,6 +384,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setitem(figure1.SCALES, "quick", TINY)
     ran = []
+    (tmp_path / "figure1.png").write_bytes(b"")
     monkeypatch.setattr(plots, "figure1", lambda found, folder: "figure1.png")
     monkeypatch.setattr(
         figure1, "execute", lambda runs, folder, *more: ran.append(len(runs)) or leave(folder, runs, mixed)

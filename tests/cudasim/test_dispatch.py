@@ -10,6 +10,7 @@ from fastnewton.kernels import cuda
 from problems import DTYPES, workers
 
 import fastnewton as fn
+from fastnewton.info import size_of
 
 from . import device
 from .checks import there
@@ -194,7 +195,7 @@ def test_propagate_never_waits_and_can_be_captured(problem, lr_cap):
     with device.capture() as happened:
         _, info = fn.step(*problem, **settings)
     assert (out.host == wanted).all()
-    assert sum(int(np.prod(shape)) for what, shape, *_ in happened if what == "allocate") <= 8 + 2 * 3
+    assert sum(int(np.prod(shape)) for what, shape, *_ in happened if what == "allocate") <= size_of(3)
     assert {entry[0] for entry in happened} == {"allocate", "launch"}
     assert info.rank == fn.step(*problem, lr=0.5, lr_cap=lr_cap)[1].rank
 
