@@ -26,7 +26,7 @@ from numba.extending import intrinsic, overload
 BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so it takes BLOCK/lanes ≤ 256 terms
 STRIP = 256  # coordinates of a block that stay in the first-level cache while the pairs are gone through
 STRAIGHT = 16  # up to this many workers, straight-line code for exactly m rows; above, square tiles of pairs
-TILE = 4 if REGISTERS == 32 else 3  # TILE² sums, the chains that hide an addition's latency, and 2·TILE rows
+TILE = 5 if REGISTERS == 32 else 3  # TILE² sums, the chains that hide an addition's latency, and TILE + 1 rows
 ON_DIAGONAL = TILE * (TILE + 3) // 2  # products of TILE rows with each other and with one more row
 GATHERED = 8  # rows that are added to the mean per round
 ROW_GAP = 64  # bytes between rows of a centred tile, or they would all fall into one set of the cache
@@ -424,7 +424,10 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
                 left, right = panels + i * TILE * row, panels + j * TILE * row
                 ahead = _row_address(table, min(done, stacks * m - 1)) + next_block
                 also = _row_address(table, min(done + tiles, stacks * m - 1)) + next_block
-                _tile(storage, compute, left, right, steps, ahead, also, sums)
+                if done < stacks * m:
+                    _tile(1, storage, compute, left, right, steps, ahead, also, sums)
+                else:
+                    _tile(0, storage, compute, left, right, steps, ahead, also, sums)
                 sums += 8 * TILE * TILE
                 done += 1
 
@@ -492,9 +495,7 @@ def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strip
                         builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
                 for pair in members:
                     v.store_work(builder.load(running[pair]), slot[pair])
-        found = v.lane_sums([v.load_work(slot[pair]) for pair in pairs])
-        for k, value in enumerate(found):
-            v.store_double(value, v.at(sums, 8 * k))
+        v.store_lane_sums([v.load_work(slot[pair]) for pair in pairs], sums)
 
     return types.void(m, storage, compute, with_z, table, offset, strips, scratch, sums), codegen
 
@@ -562,8 +563,7 @@ def _scale(typingctx, compute, m, steps, row, norm2):
             value = v.mul(v.load_work(here), inverse)
             v.store_work(value, here)
             builder.store(v.fma(value, value, builder.load(running)), running)
-        (total,) = v.lane_sums([builder.load(running)])
-        v.store_double(total, norm2)
+        v.store_lane_sums([builder.load(running)], norm2)
 
     return types.void(compute, m, steps, row, norm2), codegen
 
@@ -598,20 +598,19 @@ def _diagonal(typingctx, storage, compute, m, table, first, offset, steps, mean,
             x.append(one_more)
             for (i, j), sum_ in running.items():
                 builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
-        for k, value in enumerate(v.lane_sums([builder.load(sum_) for sum_ in running.values()])):
-            v.store_double(value, v.at(sums, 8 * k))
+        v.store_lane_sums([builder.load(sum_) for sum_ in running.values()], sums)
 
     arguments = (storage, compute, m, table, first, offset, steps, mean, last, panel, ahead, also, sums)
     return types.void(*arguments), codegen
 
 
 @intrinsic(prefer_literal=True)
-def _tile(typingctx, storage, compute, left, right, steps, ahead, also, sums):
-    """The TILE² products of two groups of centred rows, while the next block of two rows is on its way."""
+def _tile(typingctx, fetch, storage, compute, left, right, steps, ahead, also, sums):
+    """The TILE² products of two groups of centred rows; with `fetch`, the next block of two rows is on its way."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
-        left, right, steps, ahead, also, sums = args[2:]
+        left, right, steps, ahead, also, sums = args[3:]
         row = _row_bytes(v.compute)
         running = [[v.variable() for _ in range(TILE)] for _ in range(TILE)]
         for sum_ in (sum_ for line in running for sum_ in line):
@@ -619,16 +618,14 @@ def _tile(typingctx, storage, compute, left, right, steps, ahead, also, sums):
         with v.loop(steps) as step:
             here = [v.at(side, step.index, VECTOR_BYTES) for side in (left, right)]
             x, y = ([v.load_work(v.at(address, k * row)) for k in range(TILE)] for address in here)
-            for row_ahead in (ahead, also):
+            for row_ahead in (ahead, also) if fetch.literal_value else ():
                 v.prefetch(v.at(row_ahead, step.index, v.stride))
             for i in range(TILE):
                 for j in range(TILE):
                     builder.store(v.fma(x[i], y[j], builder.load(running[i][j])), running[i][j])
-        found = v.lane_sums([builder.load(sum_) for line in running for sum_ in line])
-        for k, value in enumerate(found):
-            v.store_double(value, v.at(sums, 8 * k))
+        v.store_lane_sums([builder.load(sum_) for line in running for sum_ in line], sums)
 
-    return types.void(storage, compute, left, right, steps, ahead, also, sums), codegen
+    return types.void(fetch, storage, compute, left, right, steps, ahead, also, sums), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -647,8 +644,7 @@ def _subtract_reference(typingctx, storage, compute, m, table, offset, steps, di
             v.store_work(r, v.at(reference, step.index, VECTOR_BYTES))
             v.store_work(d, v.at(difference, step.index, VECTOR_BYTES))
             builder.store(v.fma(d, r, builder.load(running)), running)
-        (total,) = v.lane_sums([builder.load(running)])
-        v.store_double(total, v.at(sums, m, 8))
+        v.store_lane_sums([builder.load(running)], v.at(sums, m, 8))
 
     return types.void(storage, compute, m, table, offset, steps, difference, reference, sums), codegen
 
@@ -669,8 +665,7 @@ def _multiply_rows(typingctx, count, storage, compute, table, first, offset, ste
             for start, sum_ in zip(starts, running, strict=True):
                 x = v.sub(v.load(v.at(start, step.index, v.stride)), r)
                 builder.store(v.fma(x, d, builder.load(sum_)), sum_)
-        for k, total in enumerate(v.lane_sums([builder.load(sum_) for sum_ in running])):
-            v.store_double(total, v.at(v.at(sums, first, 8), 8 * k))
+        v.store_lane_sums([builder.load(sum_) for sum_ in running], v.at(sums, first, 8))
 
     return types.void(count, storage, compute, table, first, offset, steps, difference, reference, sums), codegen
 

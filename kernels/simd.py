@@ -220,16 +220,15 @@ class Vectors:
             values = pairs + values[len(values) & ~1 :]
         return values[0]
 
-    def lane_sums(self, values):
-        """The sum over lanes of each of the vectors, as IR doubles: transposed while adding, lanes at a time."""
-        doubles = []
+    def store_lane_sums(self, values, address):
+        """Each vector's sum over lanes, as consecutive float64: transposed while adding, as many at a time as lanes."""
         for start in range(0, len(values), self.lanes):
             batch = values[start : start + self.lanes]
             order, total = self._transposed_sum(batch + [self.constant(0.0)] * (self.lanes - len(batch)))
-            for k in range(len(batch)):
-                lane = self.builder.extract_element(total, I32(order.index(k)))
-                doubles.append(lane if self.compute == "float64" else self.builder.fpext(lane, ir.DoubleType()))
-        return doubles
+            sums = self._shuffled(total, total, [order.index(k) for k in range(len(batch))])
+            if self.compute != "float64":
+                sums = self.builder.fpext(sums, ir.VectorType(ir.DoubleType(), len(batch)))
+            self.builder.store(sums, self._pointer(self.at(address, 8 * start), sums.type), align=8)
 
     def _transposed_sum(self, vectors):
         """One vector that holds every input's lane sum, and which input each lane belongs to."""
@@ -250,9 +249,6 @@ class Vectors:
 
     def _shuffled(self, x, y, picks):
         return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(picks)), picks))
-
-    def store_double(self, value, address):
-        self.builder.store(value, self._pointer(address, ir.DoubleType()))
 
     def all_zero(self, value):
         """An IR int64: 1 if every lane is zero, 0 if any is something else or NaN."""
