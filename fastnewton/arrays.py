@@ -8,7 +8,7 @@ import math
 import numbers
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,8 +92,7 @@ def rows(value: Any, name: str) -> Rows:
     m, n = given.shape
     _check_workers(m, name)
     _check_strides(given, name)
-    start, step = given.address, given.strides[0]
-    table = np.arange(start, start + m * step, step) if step and m > 1 else np.full(m, start)
+    table = _table(given.address, given.strides[0], m)
     return Rows(table, n, given.dtype, given.library, given.owner, given.device, given.stream)
 
 
@@ -126,7 +125,7 @@ def single(value: Any, name: str) -> Rows:
     if len(given.shape) != 1:
         raise ValueError(f"{name} must be a one-dimensional array; got an array of shape {given.shape}")
     _check_strides(given, name)
-    table = np.array([given.address], np.int64)
+    table = _table(given.address, 0, 1)
     return Rows(table, given.shape[0], given.dtype, given.library, given.owner, given.device, given.stream)
 
 
@@ -145,6 +144,12 @@ def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:
         if one.n != first.n:
             raise ValueError(f"{name}[{k}] must have the length {first.n} of {name}[0]; got {one.n}")
     return first._replace(table=np.concatenate([one.table for one in every]), owner=tuple(one.owner for one in every))
+
+
+@lru_cache(maxsize=256)  # the same arrays come step after step
+def _table(start: int, step: int, m: int) -> np.ndarray:
+    """Addresses of m rows; nobody writes to it."""
+    return start + step * np.arange(m)
 
 
 def _check_workers(m: int, name: str) -> None:
@@ -237,6 +242,10 @@ def _numpy_memory(array: np.ndarray, name: str, library: str) -> Memory:
     return Memory(address_of(array), array.shape, array.strides, dtype, library, array)
 
 
+def _address(array: np.ndarray) -> int:
+    return _described(array.dtype, array.ndim)[1](array)
+
+
 @cache  # asking NumPy for the name takes longer than the rest of the checks
 def _described(dtype: np.dtype, ndim: int) -> tuple[str | None, Callable[[np.ndarray], int]]:
     """The dtype's name, and a function that takes such an array and returns its address."""
@@ -310,14 +319,11 @@ def output(out: Any, like: Rows, inputs: Sequence[Rows]) -> Output:
     target = vector(out, "out", like, "thetas")
     if isinstance(target.owner, np.ndarray) and not target.owner.flags.writeable:
         raise ValueError("out must be writable; got a read-only array")
-    begin = int(target.table[0])
-    if any(_overlap(begin, begin + target.nbytes, given) for given in inputs):
-        raise ValueError("out must not overlap an input; hand over separate memory or leave out=None")
+    begin, nbytes = int(target.table[0]), target.nbytes
+    for given in inputs:
+        if nbytes and addresses.overlap(begin, begin + nbytes, given.table, nbytes):
+            raise ValueError("out must not overlap an input; hand over separate memory or leave out=None")
     return Output(target, lambda: out)
-
-
-def _overlap(begin: int, end: int, given: Rows) -> bool:
-    return begin < end and addresses.overlap(begin, end, given.table, given.n * given.itemsize) != 0
 
 
 def _new_output(like: Rows) -> Output:
@@ -330,12 +336,12 @@ def _new_output(like: Rows) -> Output:
         tensor = torch.empty(like.n, dtype=getattr(torch, like.dtype), device="cpu")
         return Output(_row_at(tensor.data_ptr(), like, tensor), lambda: tensor)
     array = aligned(like.n, numpy_dtype(like.dtype))
-    target = _row_at(array.ctypes.data, like, array)
+    target = _row_at(_address(array), like, array)
     return Output(target, partial(_as_jax, array, like.device) if like.library == "jax" else lambda: array)
 
 
 def _row_at(address: int, like: Rows, owner: Any) -> Rows:
-    return like._replace(table=np.array([address], np.int64), owner=owner)
+    return like._replace(table=_table(address, 0, 1), owner=owner)
 
 
 def _as_jax(array: np.ndarray, device: str) -> Any:
@@ -357,10 +363,9 @@ def numpy_dtype(dtype: str) -> np.dtype:
 def aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """An uninitialised C-contiguous array that starts on a cache line."""
     dtype = np.dtype(dtype)
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + nbytes].view(dtype).reshape(shape)
+    count = shape if isinstance(shape, int) else math.prod(shape)
+    buffer = np.empty(count * dtype.itemsize // 8 + ALIGNMENT // 8 + 1)
+    return np.ndarray(shape, dtype, buffer, -_address(buffer) % ALIGNMENT)
 
 
 # -- small arrays -------------------------------------------------------------------------------------------
@@ -487,6 +492,8 @@ def choice(value: Any, name: str, allowed: tuple[str | None, ...]) -> Any:
 
 
 def _number(value: Any, name: str) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number; got {type(value).__name__}")
     try:

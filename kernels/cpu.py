@@ -353,13 +353,23 @@ def _copy(typingctx, target, source, length):
 
 
 def _itemsize(storage):
-    """Bytes of a stored value; this and the next are only ever called from compiled code."""
+    """Bytes of a stored value; this and the next two are only ever called from compiled code."""
 
 
 @overload(_itemsize, prefer_literal=True)
 def _itemsize_compiled(storage):
     size = ITEMSIZE[storage.literal_value]
     return lambda storage: size
+
+
+def _lanes(compute):
+    """Values of that type in a vector."""
+
+
+@overload(_lanes, prefer_literal=True)
+def _lanes_compiled(compute):
+    width = lanes(compute.literal_value)
+    return lambda compute: width
 
 
 def _work(kind, compute, rows):
@@ -743,7 +753,7 @@ _run_combine = entry(_combine_on_threads, INTS, INT, INT, INTS, INTS, INTS, FLOA
 @jit
 def _combine_run(job, storage, compute, base, others):
     """Those pieces of the blocks that no other thread has taken, the last first."""
-    words, size = carray(_at(job), (11,), np.int64), _itemsize(storage)
+    words, size, width = carray(_at(job), (11,), np.int64), _itemsize(storage), _lanes(compute)
     m, rows, factors, out, n = words[0], words[1], words[3], words[4], words[5]
     early, count, pieces, state, streamed = words[6], words[7], words[8], words[9], words[10]
     table = carray(_at(rows), (words[2],), np.int64)
@@ -756,24 +766,28 @@ def _combine_run(job, storage, compute, base, others):
             offset = max(0, block * BLOCK - early)
             length = min(n, (block + 1) * BLOCK - early) - offset
             target = out + offset * size
-            if length < BLOCK:
-                stride = (length * size + 63) & ~63
-                here, padded = np.empty_like(table), np.zeros((table.size + 1) * stride, np.uint8)
-                _copy_rows(table, here, offset * size, length * size, stride, padded)
-                rounded = address(padded) + table.size * stride
+            rest = length % width if length < BLOCK else 0
+            if rest:  # of a vector: copied, since what follows it is not ours
+                done = length - rest
+                here, padded = np.empty_like(table), np.zeros((table.size + 1) * 64, np.uint8)
+                _copy_rows(table, here, (offset + done) * size, rest * size, 64, padded)
+                rounded = address(padded) + table.size * 64
                 finite &= _combine_block(
-                    others, storage, compute, base, "out", m, address(here), factors, 0, length, rounded, scratch
+                    others, storage, compute, base, "out", m, address(here), factors, 0, rest, rounded, scratch
                 )
-                _copy(target, rounded, length * size)
+                _copy(target + done * size, rounded, rest * size)
                 keep(here)
                 keep(padded)
-            elif streamed:
+                length = done
+            if length == 0:
+                continue
+            if streamed and length == BLOCK:
                 finite &= _combine_block(
                     others, storage, compute, base, "stream", m, rows, factors, offset, BLOCK, target, scratch
                 )
             else:
                 finite &= _combine_block(
-                    others, storage, compute, base, "out", m, rows, factors, offset, BLOCK, target, scratch
+                    others, storage, compute, base, "out", m, rows, factors, offset, length, target, scratch
                 )
         index = add(state, 1)
     if finite == 0:
