@@ -55,7 +55,7 @@ class View:
 
 
 def too_large(at: View, activation: str = "tanh") -> list[dict] | None:
-    """At the smallest step length beyond the best, if any, where DistNewton ends no lower than it began: it, and SGD."""
+    """DistNewton at the smallest step length beyond its best, if any, where it ends no lower than it began; SGD there."""
     ours, plain = (at.tuning(protocol=protocol, activation=activation) for protocol in (at.protocol, "sgd"))
     best = at.found["tuned"][f"{at.data} {activation} {at.protocol}"]
     broken = [lr for lr in ours if lr > best and not falls([at.start(ours[lr]), ours[lr]])]
@@ -125,7 +125,7 @@ CASES: list[tuple[str, tuple[float | str, ...], Case]] = [
 
 def table(found: dict) -> Table:
     """Each claim, whether it reproduces, and the means over seeds at the end of training."""
-    rows, quoted = [], set()
+    rows = []
     for quote, (compared, rates, case) in zip(QUOTES, CASES, strict=True):
         for rate in rates:
             chains = [case(View(found, *column, rate)) for column in COLUMNS]
@@ -134,8 +134,7 @@ def table(found: dict) -> Table:
             verdict = words.get(sum(held), f"in {sum(held)} of {len(held)}") if held else "no such case"
             cells = [" → ".join(_figure(one) for one in chain) if chain else "" for chain in chains]
             shown = "searched" if "smallest" in compared else rate if rate == TUNED else f"{rate:g}"
-            rows.append(("" if quote in quoted else f"“{quote}”", compared, shown, verdict, *cells))
-            quoted.add(quote)
+            rows.append((f"“{quote}”", compared, shown, verdict, *cells))
     note = (
         "Mean negative log-likelihood on the training images at the end, over the seeds. A claim holds where the last "
         f"ends at least {MARGIN:.0%} lower than the first with every seed, and the means fall. Tuned: each method at "
