@@ -55,8 +55,10 @@ class View:
 
 
 def too_large(at: View, activation: str = "tanh") -> list[dict] | None:
-    """DistNewton at the smallest step length beyond its best, if any, where it ends no lower than it began; SGD there."""
+    """DistNewton, and SGD, at the smallest step length beyond its best where it ends no lower than it began, if any."""
     ours, plain = (at.tuning(protocol=protocol, activation=activation) for protocol in (at.protocol, "sgd"))
+    if not ours:
+        return None
     best = at.found["tuned"][f"{at.data} {activation} {at.protocol}"]
     broken = [lr for lr in ours if lr > best and not falls([at.start(ours[lr]), ours[lr]])]
     return [ours[broken[0]], plain[broken[0]]] if broken else None
