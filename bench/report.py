@@ -133,7 +133,7 @@ def targets(rows: list[dict]) -> Table:
             spread = f"{100 * row['step']['spread']:.0f} %"
             lines.append((row["shape"], row["target"], f"{ratio:.2f}" if ratio else "", spread, verdict))
     note = (
-        "roofline/0.80: at most the roofline time divided by 0.80; 3 × best peer: at least 3 times faster. "
+        "roofline/0.75: at most the roofline time divided by 0.75; 4.5 × best peer: at least 4.5 times faster. "
         "The spread is that of the step: the distance of its quartiles."
     )
     return Table("Targets", ("shape", "to reach", "measured", "spread", "verdict"), lines, note)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastnewton.kernels import cpu
 from scipy.optimize import check_grad
 
 import fastnewton as fn
@@ -27,6 +26,7 @@ from bench import (
     plots,
     problems,
     quadratic,
+    regression,
     report,
     roofline,
     timing,
@@ -61,25 +61,13 @@ def test_roofline_time_is_the_sum_over_the_passes_of_the_slower_resource():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_step_hands_its_kernels_the_bytes_that_the_roofline_counts(monkeypatch, rng, dtype):
+def test_the_step_hands_its_kernels_the_bytes_that_the_roofline_counts(rng, dtype):
     """One call of gram with the gradients; one of combine with parameters, gradients and the result."""
-    moved = {"gram": [], "combine": []}
-
-    def counted(name, arguments):
-        rows = [value for value in arguments if hasattr(value, "itemsize") and hasattr(value, "n")]
-        moved[name].append(sum(value.m * value.n * value.itemsize for value in rows))
-
-    gram, combine = cpu.gram, cpu.combine
-    monkeypatch.setattr(cpu, "gram", lambda *a, **k: counted("gram", [*a, *k.values()]) or gram(*a, **k))
-    monkeypatch.setattr(cpu, "combine", lambda *a, **k: counted("combine", [*a, *k.values()]) or combine(*a, **k))
     m, n = 5, 3000
     thetas, grads = rng.standard_normal((2, m, n)).astype(dtype)
-    fn.combine(thetas, grads, fn.spectrum(fn.gram(grads)).coefficients, lr=1.0)  # which is what a step is
-    itemsize = thetas.itemsize
-    assert moved == {
-        "gram": [roofline.gram(m, n, itemsize).bytes],
-        "combine": [roofline.combine(m, n, itemsize).bytes],
-    }
+    with regression.handed_to_kernels() as handed:
+        fn.combine(thetas, grads, fn.spectrum(fn.gram(grads)).coefficients, lr=1.0)  # which is what a step is
+    assert handed == {name: getattr(roofline, name)(m, n, thetas.itemsize).bytes for name in ("gram", "combine")}
 
 
 def test_ceilings_count_what_they_do():
@@ -384,7 +372,9 @@ def test_what_was_fitted_is_shown(exchanged, tmp_path):
     assert (tmp_path / plots.exchanges([row], here, tmp_path)).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"], ["exchange"], ["figure1"], ["scaling"], ["report"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["peers"], ["train"], ["exchange"], ["figure1"], ["scaling"], ["regression"], ["report"]]
+)
 def test_help_names_every_option(capsys, arguments):
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--help"])
@@ -395,6 +385,7 @@ def test_help_names_every_option(capsys, arguments):
         "exchange": ("--quick", "--rounds"),
         "figure1": ("--quick", "--full", "--resume", "--data"),
         "scaling": ("--quick", "--device"),
+        "regression": ("--quick", "--update"),
         "report": ("--readme",),
     }
     for name in ("--out", *options.get(arguments[0] if arguments else "train", ())):
