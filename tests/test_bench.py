@@ -446,7 +446,7 @@ def test_peers_are_compared_and_written(tmp_path, monkeypatch, capsys):
     assert (row["m"], row["n"], row["dtype"]) == (8, 16_384, "float32")
     assert row["bytes"] == roofline.step(8, 16_384, 4).bytes
     assert set(row["others"]) == {"NumPy, literal", "NumPy, BLAS"}
-    assert row["reached"] == (row["ratios"]["best peer"] >= 3)
+    assert row["reached"] == (row["ratios"]["best peer"] >= 4.5)
     page = (tmp_path / "peers.md").read_text()
     assert f"| {row['ratios']['best peer']:.2f} |" in page
     assert f"| {1e3 * row['step']['median']:.3g}"[:6] in page
@@ -481,6 +481,9 @@ def test_every_shape_of_the_table_is_as_large_as_it_says():
         assert table[name].m * table[name].n == 1 << 26
     assert table["float64"].nbytes == table["m8"].nbytes
     assert table["bfloat16"].n == table["m8"].n
+    least = {"m8": 0.90, "m16": 0.75, "m32": 0.75, "m64": 0.75, "m128": 0.75, "tiny": 2.2, "small": 4.5}
+    assert {name: table[name].least for name in least} == least
+    assert {table[name].target for name in least} == {"roofline", "best peer"}
 
 
 def test_a_table_reads_the_same_in_markdown():
