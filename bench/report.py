@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from bench.quadratic import TARGET_ORDER
@@ -30,7 +31,7 @@ class Table:
             whole = short and not number
             table.add_column(column, justify="right" if number else "left", no_wrap=whole, overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(f"\n[bold]{self.title}[/bold]", table, self.note, sep="\n", highlight=False)
 
     def markdown(self) -> str:
