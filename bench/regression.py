@@ -78,9 +78,9 @@ def time_passes(benchmark: Any, task: Callable, passes: Iterable[Pass], seconds:
     read = CoreReadCeiling(work.bytes if work.bytes > CACHED else FIRST_LEVEL)
     multiply = ceilings.GemmCeiling("float32", MULTIPLIED)
     samples = in_turn({"task": task, "read": read, "multiply": multiply}, seconds)
-    rates = read.bytes / samples["read"].min, multiply.flops / samples["multiply"].min
-    roofline, ceiling = sum(part.seconds(*rates) for part in passes), {"bytes/s": rates[0], "flops/s": rates[1]}
-    record(benchmark, samples["task"].seconds, roofline, invariants, work, ceiling)
+    rates = {"bandwidth": read.bytes / samples["read"].min, "rate": multiply.flops / samples["multiply"].min}
+    roofline = sum(part.seconds(**rates) for part in passes)
+    record(benchmark, samples["task"].seconds, roofline, invariants, work, **rates)
 
 
 def in_turn(tasks: Mapping[str, Callable], seconds: float) -> dict[str, Sample]:
@@ -94,23 +94,13 @@ NOTHING = Pass(0, 0)
 
 
 def record(
-    benchmark: Any,
-    seconds: Iterable[float],
-    roofline: float,
-    invariants: Mapping,
-    work: Pass = NOTHING,
-    ceiling: Mapping | None = None,
+    benchmark: Any, seconds: Iterable[float], roofline: float, invariants: Mapping, work: Pass = NOTHING, **rates: float
 ) -> None:
-    """Hand samples to pytest-benchmark, and what they are compared with; without a ceiling, another task's time."""
+    """Hand samples to pytest-benchmark, and what they are compared with; without rates, another task's time."""
     benchmark.pedantic(lambda: None, rounds=len(seconds))
     benchmark.stats.stats.data[:] = seconds
-    found = {
-        "bytes": work.bytes,
-        "flops": work.flops,
-        "ceiling": ceiling or {"seconds": roofline},
-        "roofline": roofline,
-    }
-    benchmark.extra_info.update(found, ratio=min(seconds) / roofline, invariants=invariants)
+    benchmark.extra_info.update(bytes=work.bytes, flops=work.flops, ceiling=rates or {"seconds": roofline})
+    benchmark.extra_info.update(roofline=roofline, ratio=min(seconds) / roofline, invariants=invariants)
 
 
 def invariants_of(task: Callable, n: int = 0) -> dict:

@@ -107,8 +107,8 @@ def test_exchange(benchmark, exchanged, kind, which):
     row = exchanged[which]
     sent, bandwidth = row["sent"][kind], 4 * row["n"] / min(row["samples"]["allreduce"])
     invariants = {"messages": row["messages"][kind]}
-    work, ceiling = roofline.Pass(sent, 0), {"bytes/s": bandwidth}
-    regression.record(benchmark, row["samples"][kind], sent / bandwidth, invariants, work, ceiling)
+    work, samples = roofline.Pass(sent, 0), row["samples"][kind]
+    regression.record(benchmark, samples, sent / bandwidth, invariants, work, bandwidth=bandwidth)
 
 
 @pytest.mark.benchmark(group="DLPack round trip")
