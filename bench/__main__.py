@@ -25,6 +25,7 @@ from bench import (
     plots,
     problems,
     quadratic,
+    regression,
     report,
     scaling,
     train,
@@ -64,6 +65,12 @@ SCALING = """\
 Is the step O(m³ + mn)?  gram, combine and spectrum over m = 2 ... 512 and n = 2^12 ... 2^26, what a rank of the sharded
 exchange computes, and asynchronous Writes; models fitted to the times, with confidence intervals; peak memory.  About 6
 minutes; with --quick less than 2.
+"""
+REGRESSION = """\
+Runs the benchmarks of `pytest bench --benchmark-only` and compares them, as ratios of time to roofline, with the
+baseline of this CPU under bench/results/, and bytes, rows held and messages with those of all machines.  Ends with
+status 1 where something is slower or moves more.  Half a minute; with --quick only what takes 1.5 times the baseline is
+too slow; with --update, 3 minutes on an idle machine, what is measured now is the baseline.
 """
 REPORT = """\
 One page in HTML and Markdown of all that the sub-commands have written to --out.
@@ -154,6 +161,16 @@ def run_scaling(options: argparse.Namespace, console: Console) -> None:
     _finish(options, console, "scaling", found | {"fits": scaling.fitted(rows, cubes, on.cache)})
 
 
+def run_regression(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench regression`"""
+    if options.update:
+        _say_written(console, regression.update())
+        return
+    verdicts = regression.guard(*regression.read(), quick=options.quick)
+    regression.table(verdicts).print(console)
+    raise SystemExit(int(any(one.failed for one in verdicts)))
+
+
 def run_report(options: argparse.Namespace, console: Console) -> None:
     """`python -m bench report`"""
     written = {name: options.out / f"{name}.json" for name in PARTS}
@@ -232,6 +249,7 @@ DEFAULTS = {
     "peers": None,
     "device": "cpu",
     "readme": False,
+    "update": False,
     "data": None,
     "samples": None,
     "evaluations": train.EVALUATIONS,
@@ -329,6 +347,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", run_train, "training over MPI ranks", TRAIN, _add_training),
         ("exchange", run_exchange, "the exchanges over MPI", EXCHANGE, _add_timing, _add_rounds),
         ("figure1", run_figure1, "the paper's experiment", FIGURE1, _add_figure1),
+        ("regression", run_regression, "whether it is as fast as it was", REGRESSION, _add_timing, _add_update),
         ("report", run_report, "one page of all results", REPORT, _add_readme),
     ):
         made = _parser_for(commands.add_parser, name, text, help=said)
@@ -368,6 +387,10 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_readme(parser: argparse.ArgumentParser) -> None:
     told = "also keep this machine's results under bench/results/ and rewrite README's table of all kept there"
     parser.add_argument("--readme", action="store_true", help=told)
+
+
+def _add_update(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--update", action="store_true", help="write the baseline of this CPU and the invariants")
 
 
 def _add_rounds(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ import numba
 import numpy as np
 
 from bench import timing
+from fastnewton.arrays import aligned
 
 READ_BYTES = 1 << 29  # far beyond the last-level cache
 STREAMS = 8
@@ -107,8 +108,8 @@ class GemmCeiling:
 
     def __init__(self, dtype: str, size: int = GEMM_SIZE):
         rng = np.random.default_rng(0)
-        self._left, self._right = (rng.random((size, size)).astype(dtype) for _ in range(2))
-        self._out = np.empty((size, size), dtype)
+        self._left, self._right, self._out = (aligned((size, size), dtype) for _ in range(3))
+        self._left[:], self._right[:] = rng.random((2, size, size))
         self.flops = 2 * size**3
 
     def __call__(self) -> None:

@@ -50,14 +50,12 @@ class Shape:
 def table(log2: int = 26) -> dict[str, Shape]:
     """The shapes of `python -m bench peers` by name: m·n = 2**log2 in float32."""
     total = 1 << log2
-    shapes = {
-        f"m{m}": Shape(m, total // m, target="roofline", least=least)
-        for m, least in ((2, 0.90), (4, 0.90), (8, 0.80), (16, 0.60))
-    }
+    least = dict.fromkeys((2, 4, 8), 0.90) | dict.fromkeys((16, 32, 64, 128), 0.75)
+    shapes = {f"m{m}": Shape(m, total // m, target="roofline", least=share) for m, share in least.items()}
     shapes["float64"] = Shape(8, total // 16, "float64", "roofline", 0.75)
     shapes["bfloat16"] = Shape(8, total // 8, "bfloat16", "float32", 1.3)
-    shapes |= {f"m{m}": Shape(m, total // m, target="best peer", least=1.0) for m in (32, 64, 128)}
-    shapes["small"] = Shape(8, 16_384, target="best peer", least=3.0)
+    shapes["tiny"] = Shape(8, 650, target="best peer", least=2.2)
+    shapes["small"] = Shape(8, 16_384, target="best peer", least=4.5)
     shapes["small-cold"] = Shape(8, 16_384, cold=True)
     return shapes
 

@@ -39,14 +39,20 @@ def measure(comm: MPI.Intracomm, n: int, rounds: int, most_bytes: int) -> dict:
     sent = {
         kind: sum(bytes_ for _, bytes_ in newton.traffic.values()) // (rounds + 2) for kind, newton in steps.items()
     }
+    messages = {
+        kind: {name: [count // (rounds + 2) for count in counts] for name, counts in newton.traffic.items()}
+        for kind, newton in steps.items()
+    }
     for newton in steps.values():
         newton.close()
     return {
         "ranks": comm.size,
         "n": n,
         "seconds": {name: float(np.median(found)) for name, found in times.items()},
+        "samples": times,
         "spread": {name: [float(q) for q in np.quantile(found, (0.25, 0.75))] for name, found in times.items()},
         "sent": comm.allreduce(sent, lambda x, y: {kind: max(x[kind], y[kind]) for kind in x}),
+        "messages": messages,
         "memory": held,
     }
 

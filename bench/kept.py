@@ -16,11 +16,15 @@ def keep(files: dict[str, Path]) -> list[Path]:
     """Copy the results to the folder of the machine that they name; the copies."""
     copies = []
     for file in (file for name, file in files.items() if name in KEPT):
-        machine = json.loads(file.read_text())["machine"]
-        name = re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores']} cores".lower())
-        (FOLDER / name).mkdir(exist_ok=True, parents=True)
-        copies.append(Path(shutil.copy(file, FOLDER / name / file.name)))
+        target = folder(json.loads(file.read_text())["machine"])
+        target.mkdir(exist_ok=True, parents=True)
+        copies.append(Path(shutil.copy(file, target / file.name)))
     return copies
+
+
+def folder(machine: dict) -> Path:
+    """Where results of a machine are kept."""
+    return FOLDER / re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores']} cores".lower())
 
 
 def write_readme() -> Path:

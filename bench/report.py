@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from bench.quadratic import TARGET_ORDER
@@ -30,7 +31,7 @@ class Table:
             whole = short and not number
             table.add_column(column, justify="right" if number else "left", no_wrap=whole, overflow="fold")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(f"\n[bold]{self.title}[/bold]", table, self.note, sep="\n", highlight=False)
 
     def markdown(self) -> str:
@@ -133,7 +134,7 @@ def targets(rows: list[dict]) -> Table:
             spread = f"{100 * row['step']['spread']:.0f} %"
             lines.append((row["shape"], row["target"], f"{ratio:.2f}" if ratio else "", spread, verdict))
     note = (
-        "roofline/0.80: at most the roofline time divided by 0.80; 3 × best peer: at least 3 times faster. "
+        "roofline/0.75: at most the roofline time divided by 0.75; 4.5 × best peer: at least 4.5 times faster. "
         "The spread is that of the step: the distance of its quartiles."
     )
     return Table("Targets", ("shape", "to reach", "measured", "spread", "verdict"), lines, note)

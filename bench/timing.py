@@ -40,6 +40,7 @@ def interleaved(
     tasks: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
+    shortest: float = SHORTEST,
     budget: float = float("inf"),
     limit: float = float("inf"),
     unlimited: Collection[str] = (),
@@ -49,12 +50,13 @@ def interleaved(
 ) -> dict[str, Sample]:
     """Time every task once a round, in an order drawn for it; each has run before, so nothing is compiled now.
 
-    `before` is called before each task, `settle` before the clock is read, `after_round` after each round.  A task
-    that has used up `budget` seconds is left out of further rounds, unless it is among the unlimited.  Beyond `limit`
-    seconds in all, further rounds are skipped, except for the first LEAST_ROUNDS.
+    A sample takes about `shortest` seconds or more.  `before` is called before each task, `settle` before the clock is
+    read, `after_round` after each round.  A task that has used up `budget` seconds is left out of further rounds,
+    unless it is among the unlimited.  Beyond `limit` seconds in all, further rounds are skipped, except for the first
+    LEAST_ROUNDS.
     """
     end, draw = time.perf_counter() + limit, random.Random(0)
-    calls = {name: _calls(task, settle) for name, task in tasks.items()}
+    calls = {name: _calls(task, shortest, settle) for name, task in tasks.items()}
     found: dict[str, list[float]] = {name: [] for name in tasks}
     enabled = gc.isenabled()
     gc.disable()
@@ -75,9 +77,9 @@ def interleaved(
     return {name: Sample(tuple(values)) for name, values in found.items()}
 
 
-def _calls(task: Callable[[], object], settle: Callable[[], None]) -> int:
+def _calls(task: Callable[[], object], shortest: float, settle: Callable[[], None]) -> int:
     """How many calls make one sample."""
-    return max(1, round(SHORTEST / _timed(task, 1, settle)))
+    return max(1, round(shortest / _timed(task, 1, settle)))
 
 
 def _timed(task: Callable[[], object], calls: int, settle: Callable[[], None]) -> float:
