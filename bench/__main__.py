@@ -28,6 +28,7 @@ from bench import (
     regression,
     report,
     scaling,
+    short,
     train,
 )
 from bench.ceilings import machine, read_ceiling
@@ -101,7 +102,8 @@ def run_peers(options: argparse.Namespace, console: Console) -> None:
     words = [""] if options.peers is None else [word.lower() for word in options.peers]
     chosen = [name for name in peers.installed() if any(word in name.lower() for word in words)]
     steps = _measured([table[name] for name in options.shapes or table], chosen, options, 60.0, console)
-    _finish(options, console, "peers", {"steps": steps, "gpu": _measured_on_device(console)})
+    parts = short.measure(options.rounds or (5 if options.quick else 15))
+    _finish(options, console, "peers", {"steps": steps, "short": parts, "gpu": _measured_on_device(console)})
 
 
 def run_train(options: argparse.Namespace, console: Console) -> None:
@@ -195,7 +197,8 @@ def _overview(found: dict, folder: Path) -> list[page.Part]:
 def _peers(found: dict, folder: Path) -> list[page.Part]:
     rows, targets = found["steps"], report.targets(found["steps"])
     parts = [report.machine(found["machine"], rows), report.losses(rows), *([targets] if targets.rows else [])]
-    return [*parts, report.steps(rows), *report.on_device(found["gpu"])]
+    microseconds = [short.table(found["short"])] if "short" in found else []
+    return [*parts, report.steps(rows), *microseconds, *report.on_device(found["gpu"])]
 
 
 def _training(found: dict, folder: Path) -> list[page.Part]:
