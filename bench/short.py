@@ -87,9 +87,9 @@ def table(found: dict) -> Table:
     names = next(iter(parts.values()))
     rows = [(name, *(f"{1e6 * column[name]:.1f}" for column in parts.values())) for name in names]
     note = (
-        f"Microseconds, m = {M}, float32, medians of interleaved rounds, `out` reused. After a pause caches are colder, "
+        f"Microseconds, m = {M}, float32, medians of rounds in turn, `out` reused. After a pause caches are colder, "
         "the core has slowed down, and other threads sleep. Importing NumPy and Numba takes "
-        f"{1e3 * libraries:.0f} ms, fastnewton {1e3 * own:.0f} ms more, the first step of a process from the disk cache "
+        f"{1e3 * libraries:.0f} ms, fastnewton {1e3 * own:.0f} ms more, a first step from the disk cache "
         f"{1e3 * first:.0f} ms."
     )
     return Table("Where the microseconds go", ("part", *parts), rows, note)
