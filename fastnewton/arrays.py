@@ -272,7 +272,7 @@ def _torch_memory(tensor: Any, name: str) -> Memory:
         view = tensor.view(torch.int16).numpy() if dtype == "bfloat16" else tensor.numpy()
     except (RuntimeError, TypeError) as error:
         raise TypeError(f"{name} has no memory that can be read: {error}") from error
-    return Memory(view.ctypes.data, view.shape, view.strides, dtype, "torch", tensor)
+    return Memory(_address(view), view.shape, view.strides, dtype, "torch", tensor)
 
 
 def _has_tangent(tensor: Any) -> bool:
