@@ -64,7 +64,8 @@ file for each run is written to OUT/figure1/.
 REGIMES = """\
 Where the step wins: some hundred random settings on quadratics, logistic regression and a tanh network, exact and noisy
 gradients, beside tuned gradient descent, momentum and L-BFGS at equal numbers of gradients, per worker and in total;
-whether fn.diagnostics predicts it on families left out; recommended settings.  About 10 minutes; with --quick less than 1.
+whether fn.diagnostics predicts it on families left out; recommended settings.  About 10 minutes; with --quick, half a
+minute.
 """
 SCALING = """\
 Is the step O(m³ + mn)?  gram, combine and spectrum over m = 2 ... 512 and n = 2^12 ... 2^26, what a rank of the sharded
@@ -153,8 +154,7 @@ def run_regimes(options: argparse.Namespace, console: Console) -> None:
         best = regimes.recommended(effects)
         say("recommended settings")
         fresh = regimes.run(regimes.design(counts[1], seed=1, best=best), evaluations, advance)
-    told = {name: dataclasses.asdict(setting) for name, setting in best.items()}
-    found = {"evaluations": evaluations, "effects": effects, "recommended": told}
+    found = {"evaluations": evaluations, "effects": effects, "recommended": best}
     found |= {"prediction": regimes.prediction(rows), "rows": rows, "confirmed": fresh}
     _finish(options, console, "regimes", found)
 

@@ -266,8 +266,8 @@ def regimes(found: dict, folder: Path) -> str:
             axes.set_title(title, pad=20)
             _subtitle(axes, f"equal gradients {'in ' if target == 'total' else ''}{target}")
         figure.suptitle(
-            "DistNewton against the better of gradient descent and momentum: gain of the best setting in decades of the "
-            "excess of J (blue: lower), and the share of settings that win",
+            "DistNewton against the better of gradient descent and momentum: gain of the best setting, in decades of J "
+            "above its minimum (blue: it wins), and the share of the settings that win",
             fontsize=10,
         )
         return _save(figure, folder, "regimes.png")

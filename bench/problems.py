@@ -165,6 +165,19 @@ class TanhNetwork(Multinomial):
         return first.reshape(*shape, -1, self.hidden), second.reshape(*shape, self.hidden, CLASSES)
 
 
+class Quadratic:
+    """J(w) = ½ Σ h_i w_i², along the Hessian's own axes; its gradients take noise that is added."""
+
+    def __init__(self, curvatures: np.ndarray):
+        self.curvatures, self.n = curvatures, curvatures.size
+
+    def value(self, w: np.ndarray) -> np.ndarray:
+        return 0.5 * (self.curvatures * w**2).sum(-1)
+
+    def gradient(self, w: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        return self.curvatures * w + (0.0 if noise is None else noise)
+
+
 class TwoClasses:
     """Two classes, principal components and an intercept: J(w) = mean log(1 + exp(−y x·w)) + ½ l2 ‖w‖²."""
 

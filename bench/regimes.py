@@ -6,7 +6,7 @@ the mean gradient of all workers; at equal work in total, m times as many with t
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
@@ -24,12 +24,21 @@ from bench import problems
 from bench.report import Table
 
 EVALUATIONS = 64  # gradients per worker
-CONDITIONS = (10, 100, 1000, 10_000)
 SHARES = 1.9 * 2.0 ** np.arange(2, -8, -1)  # step lengths that are tried, times the largest curvature at the start
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.97)
 LRS, RESTS = (1.0, 0.3), (0.25, 0.5, 1.0, 2.0, 4.0)  # of DistNewton: τ, and β over the best step of gradient descent
 LEVELS = ("exact", "low", "mini-batch")  # of gradient noise
-NOISES, BATCHES = (0.0, 0.1, 1.0), (None, 128, 16)  # ‖noise‖/‖∇J(start)‖ on quadratics, samples on data
+NOISES, BATCHES = (0.0, 0.1, 1.0), (None, 128, 16)  # ‖noise‖/‖∇J(start)‖ on quadratics, samples on images
+CONDITIONS = (10, 100, 1000, 10_000)
+FEW, MANY = (2, 4, 8, 16), (2, 4, 8, 16, 32, 64)
+FAMILIES = {  # numbers of workers, share of the settings
+    "quadratic, even spectrum": (MANY, 0.22),  # n = 60
+    "quadratic, few large": (MANY, 0.22),
+    "logistic, three features": (MANY[1:], 0.14),  # n = 40
+    "logistic, digits": (FEW, 0.14),  # n = 650
+    "logistic, MNIST": (FEW, 0.14),
+    "tanh network, digits": (FEW, 0.14),  # n = 750
+}
 FACTORS = {
     "cutoff": (1e-5, 1e-3, 0.01, 0.1, 0.3, 0.6, 0.9),
     "spread": (0.0, 0.01, 0.1, 1.0, 3.0),
@@ -37,62 +46,51 @@ FACTORS = {
     "local_steps": (1, 2, 4, 8),
     "shared": (False, True),
 }
-FIRST_ORDER = ("gradient descent", "momentum")
-TARGETS = ("per worker", "total")  # gradients that are equal; each against the better of FIRST_ORDER
+TARGETS = ("per worker", "total")  # gradients that are equal; gains over the better of the first-order methods
 FEATURES = ("captured", "noise_to_secant", "asymmetry", "readback", "conditioning")
-MARGIN = math.log10(1.1)  # decades: whoever ends 10 % lower wins
+MARGIN = math.log10(1.1)  # decades: who ends 10 % lower has won
+EXACTLY = {"maxiter": 20_000, "maxfun": 20_000, "ftol": 0.0, "gtol": 1e-11}
+Objective = problems.Quadratic | problems.Multinomial
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Of DistNewton: `spread` of the last step, or of lr_rest·‖ḡ‖; `shared`: all workers take the combine's batch."""
+class Case:
+    """A problem, the noise of its gradients, the number of workers, and DistNewton's settings.
 
+    The workers' spread is a share of the last step, or of lr_rest·‖ḡ‖; shared: all combine gradients of one batch.
+    """
+
+    family: str
+    condition: int | None
+    level: str
+    workers: int
+    seed: int
     cutoff: float
     spread: float
     relative: str
     local_steps: int
     shared: bool
 
-
-@dataclass(frozen=True)
-class Case:
-    """A problem, the noise of its gradients, the number of workers, and the setting."""
-
-    family: str
-    condition: int | None
-    level: str
-    workers: int
-    setting: Setting
-    seed: int
-
-
-class Quadratic:
-    """J(w) = ½ Σ h_i w_i²; the axes are those of the Hessian, since no method here sees another rotation."""
-
-    def __init__(self, curvatures: np.ndarray):
-        self.curvatures, self.n = curvatures, curvatures.size
-
-    def value(self, w: np.ndarray) -> np.ndarray:
-        return 0.5 * (self.curvatures * w**2).sum(-1)
-
-    def gradient(self, w: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-        return self.curvatures * w + (0.0 if noise is None else noise)
+    @property
+    def of(self) -> tuple[str, int | None, int]:
+        """Which `problem` it is."""
+        return self.family, self.condition, self.seed
 
 
 @dataclass(frozen=True)
 class Problem:
     """An objective, where it starts, its minimum, and how far above it values are told apart."""
 
-    objective: Quadratic | problems.Multinomial
+    objective: Objective
     start: np.ndarray
     least: float
     resolution: float
     curvature: float
 
     @classmethod
-    def of(cls, objective: Quadratic | problems.Multinomial, start: np.ndarray, resolution: float = 1e-12) -> "Problem":
+    def of(cls, objective: Objective, start: np.ndarray, resolution: float = 1e-12) -> "Problem":
         least = 0.0
-        if not isinstance(objective, Quadratic):
+        if not isinstance(objective, problems.Quadratic):
             least = minimize(objective.value, start, jac=objective.gradient, method="L-BFGS-B", options=EXACTLY).fun
         along, gradient = np.ones(start.size), objective.gradient(start)
         for _ in range(30):  # power iteration
@@ -110,13 +108,10 @@ class Problem:
         at = LEVELS.index(level)
         if at == 0:
             return None
-        if not isinstance(self.objective, Quadratic):
+        if not isinstance(self.objective, problems.Quadratic):
             return rng.integers(self.objective.samples, size=(*shape, workers * BATCHES[at]))
         length = NOISES[at] * np.linalg.norm(self.objective.gradient(self.start)) / math.sqrt(workers * self.start.size)
         return length * rng.standard_normal((*shape, self.start.size))
-
-
-EXACTLY = {"maxiter": 20_000, "maxfun": 20_000, "ftol": 0.0, "gtol": 1e-11}
 
 
 @cache
@@ -126,7 +121,7 @@ def problem(family: str, condition: int | None, seed: int, samples: int = 600) -
     if condition:
         large = np.geomspace(1, 0.3, 5) if "few" in family else []
         rest = np.geomspace(3, 1, 55) if "few" in family else np.geomspace(condition, 1, 60)
-        return Problem.of(Quadratic(np.array([*large, *rest / condition])), rng.standard_normal(60))
+        return Problem.of(problems.Quadratic(np.array([*large, *rest / condition])), rng.standard_normal(60))
     images = problems.digits(problems.default_folder() if "MNIST" in family else None, samples)
     if "network" in family:
         objective = problems.TanhNetwork(images, 1e-3, hidden=10)
@@ -138,16 +133,6 @@ def problem(family: str, condition: int | None, seed: int, samples: int = 600) -
     return Problem.of(objective, 0.1 * rng.standard_normal(objective.n))
 
 
-FAMILIES = {  # numbers of workers, share of the settings
-    "quadratic, even spectrum": ((2, 4, 8, 16, 32, 64), 0.22),
-    "quadratic, few large": ((2, 4, 8, 16, 32, 64), 0.22),
-    "logistic, three features": ((4, 8, 16, 32, 64), 0.14),
-    "logistic, digits": ((2, 4, 8, 16), 0.14),
-    "logistic, MNIST": ((2, 4, 8, 16), 0.14),
-    "tanh network, digits": ((2, 4, 8, 16), 0.14),
-}
-
-
 def families() -> list[str]:
     """Those whose images are there."""
     try:
@@ -157,97 +142,95 @@ def families() -> list[str]:
     return list(FAMILIES)
 
 
-def design(count: int, seed: int, best: dict[str, Setting] | None = None) -> list[Case]:
-    """Cases at random, or with these settings for exact and for noisy gradients."""
+def design(count: int, seed: int, best: dict[str, dict] | None = None) -> list[Case]:
+    """Cases at random; with `best`, these settings for exact and noisy gradients, and the rest at random."""
     rng, cases = np.random.default_rng(seed), []
     for family in families():
         workers, share = FAMILIES[family]
         for _ in range(round(count * share)):
-            level = LEVELS[rng.integers(3)]
+            level, m, condition = (values[rng.integers(len(values))] for values in (LEVELS, workers, CONDITIONS))
             drawn = {name: values[rng.integers(len(values))] for name, values in FACTORS.items()}
             drawn["shared"] = drawn["shared"] and level != "exact"
             if drawn["spread"] == 0 and (level == "exact" or drawn["local_steps"] == 1):
                 drawn["spread"] = 0.1  # something must bring the workers apart
-            condition = CONDITIONS[rng.integers(4)] if "quadratic" in family else None
-            setting = best["exact" if level == "exact" else "noisy"] if best else Setting(**drawn)
-            cases.append(Case(family, condition, level, workers[rng.integers(len(workers))], setting, seed))
+            condition = condition if "quadratic" in family else None
+            cases.append(Case(family, condition, level, m, seed, **(best[kind(level)] if best else drawn)))
     return cases
 
 
-def first_order(problem: Problem, level: str, workers: int, counts: list[int], seed: int = 0) -> dict[int, dict]:
+def kind(level: str) -> str:
+    """Settings are recommended for exact and for noisy gradients."""
+    return "exact" if level == "exact" else "noisy"
+
+
+def first_order(at: Problem, level: str, workers: int, counts: Collection[int]) -> dict[int, dict]:
     """{steps: {method: (excess, step length)}} of gradient descent and momentum, all step lengths side by side."""
-    rng = np.random.default_rng(seed)
-    momenta, rates = (each.ravel() for each in np.meshgrid(MOMENTA, SHARES / problem.curvature, indexing="ij"))
-    points, velocity, found = np.tile(problem.start, (rates.size, 1)), 0.0, {}
+    rng, found = np.random.default_rng(0), {}
+    momenta, rates = (each.ravel() for each in np.meshgrid(MOMENTA, SHARES / at.curvature, indexing="ij"))
+    points, velocity = np.tile(at.start, (rates.size, 1)), 0.0
     for k in range(1, max(counts) + 1):
-        noise = problem.draw(rng, level, workers=workers)
-        velocity = momenta[:, None] * velocity + problem.objective.gradient(points, noise)
+        velocity = momenta[:, None] * velocity + at.objective.gradient(points, at.draw(rng, level, workers=workers))
         points = points - rates[:, None] * velocity
         if k in counts:
-            ends = problem.excess(points)
-            groups = zip(FIRST_ORDER, (momenta == 0, momenta > 0), strict=True)
-            found[k] = {name: min(zip(ends[group], rates[group], strict=True)) for name, group in groups}
+            ends, plain = list(zip(at.excess(points).tolist(), rates.tolist(), strict=True)), len(SHARES)
+            found[k] = {"gradient descent": min(ends[:plain]), "momentum": min(ends[plain:])}
     return found
 
 
-def lbfgs(problem: Problem, counts: list[int]) -> dict[int, float]:
+def lbfgs(at: Problem, counts: Collection[int]) -> dict[int, float]:
     """{gradients: excess} of SciPy's L-BFGS; each gradient comes with its value."""
     seen: list[float] = []
 
     def both(w: np.ndarray) -> tuple[float, np.ndarray]:
-        seen.append(float(problem.excess(w)))
-        return problem.objective.value(w), problem.objective.gradient(w)
+        seen.append(float(at.excess(w)))
+        return at.objective.value(w), at.objective.gradient(w)
 
-    minimize(both, problem.start, jac=True, method="L-BFGS-B", options=EXACTLY | {"maxfun": max(counts)})
+    minimize(both, at.start, jac=True, method="L-BFGS-B", options=EXACTLY | {"maxfun": max(counts)})
     return {count: min(seen[:count]) for count in counts}
 
 
-def newton(problem: Problem, case: Case, rate: float, evaluations: int, lrs=LRS, rests=RESTS) -> dict:
-    """DistNewton with all its step lengths side by side: the best of them, and its diagnostics in its first quarter."""
-    rng, setting, n, m = np.random.default_rng(case.seed), case.setting, problem.start.size, case.workers
-    lrs, rests = (each.ravel() for each in np.meshgrid(lrs, rate * np.array(rests)))
-    centre, gradient = np.tile(problem.start, (lrs.size, 1)), problem.objective.gradient
-    moved = rests * np.linalg.norm(gradient(problem.start))
-    rounds = evaluations // setting.local_steps
+def newton(at: Problem, case: Case, rate: float, evaluations: int) -> dict:
+    """DistNewton with all its step lengths side by side: the best of them, and what its first quarter showed."""
+    rng, n, gradient = np.random.default_rng(case.seed), at.start.size, at.objective.gradient
+    lrs, rests = (each.ravel() for each in np.meshgrid(LRS, rate * np.array(RESTS)))
+    centre, moved = np.tile(at.start, (lrs.size, 1)), rests * np.linalg.norm(gradient(at.start))
+    rounds = evaluations // case.local_steps
     early, guards = [], [fn.Safeguards() for _ in lrs]
     for k in range(rounds):
-        thetas = centre[:, None] + (setting.spread * moved / math.sqrt(n))[:, None, None] * rng.standard_normal((m, n))
-        for _ in range(setting.local_steps - 1):
-            thetas -= rests[:, None, None] * gradient(thetas, problem.draw(rng, case.level, (m,)))
-        grads = gradient(thetas, problem.draw(rng, case.level, () if setting.shared else (m,)))
-        before, along = thetas.mean(1), grads.mean(1)
-        seen = np.full((lrs.size, len(FEATURES)), np.nan)
-        for i in np.flatnonzero(np.isfinite(thetas).all((1, 2)) & np.isfinite(grads).all((1, 2))):
-            options = {"lr": lrs[i], "lr_rest": rests[i], "cutoff": setting.cutoff, "safeguards": guards[i]}
-            try:
-                centre[i], _ = fn.step(thetas[i], grads[i], **options)
-            except fn.NonFiniteError:
-                centre[i] = np.inf
+        width = case.spread * moved / math.sqrt(n)
+        thetas = centre[:, None] + width[:, None, None] * rng.standard_normal((case.workers, n))
+        for _ in range(case.local_steps - 1):
+            thetas -= rests[:, None, None] * gradient(thetas, at.draw(rng, case.level, (case.workers,)))
+        grads = gradient(thetas, at.draw(rng, case.level, () if case.shared else (case.workers,)))
+        before, along, seen = thetas.mean(1), grads.mean(1), np.full((lrs.size, len(FEATURES)), np.nan)
+        centre[:] = np.inf  # a run that has diverged
+        for i in np.flatnonzero((np.abs(thetas) + np.abs(grads) < 1e100).all((1, 2))):
+            centre[i], _ = fn.step(
+                thetas[i], grads[i], lr=lrs[i], lr_rest=rests[i], cutoff=case.cutoff, safeguards=guards[i]
+            )
             if k < max(rounds // 4, 1):
-                seen[i] = features(thetas[i], grads[i], setting.cutoff, rests[i])
-        length = np.linalg.norm(before - centre, axis=1)
-        moved = length if setting.relative == "step" else rests * np.linalg.norm(along, axis=1)
+                seen[i] = features(thetas[i], grads[i], case.cutoff, rests[i])
+        length, slope = np.linalg.norm(before - centre, axis=1), np.linalg.norm(along, axis=1)
+        moved = length if case.relative == "step" else rests * slope
+        plain = before - (length / slope)[:, None] * along
         if k < max(rounds // 4, 1):
-            plain = before - (length / np.linalg.norm(along, axis=1))[:, None] * along
-            lower = problem.objective.value(centre) < problem.objective.value(plain)
-            early.append(np.column_stack([seen, lower]))
-    ends = problem.excess(centre)
+            early.append(np.column_stack([seen, at.objective.value(centre) < at.objective.value(plain)]))
+    ends = at.excess(centre)
     best = int(ends.argmin())
-    told = np.ma.masked_invalid(np.where(np.isinf(early), 1e3, early)[:, best])
-    *found, lower = *np.ma.median(told[:, :-1], axis=0).filled(np.nan), told[:, -1].mean()
-    taken = guards[best].counts
-    rejected = sum(taken[reason] for reason in ("cosine", "coefficient", "nonfinite")) / rounds
-    told = {"lr": lrs[best], "lr_rest": rests[best] / rate, "rejected": rejected, "lower": lower}
-    return {"excess": ends[best], **told, **dict(zip(FEATURES, found, strict=True))}
+    told = np.ma.median(np.ma.masked_invalid(np.array(early)[:, best, :-1]), axis=0).filled(np.nan)
+    rejected = sum(guards[best].counts[reason] for reason in ("cosine", "coefficient", "nonfinite")) / rounds
+    lower = np.mean(np.array(early)[:, best, -1])
+    found = {"excess": ends[best], "lr": lrs[best], "lr_rest": rests[best] / rate, "rejected": rejected, "lower": lower}
+    return found | dict(zip(FEATURES, told, strict=True))
 
 
 def features(thetas: np.ndarray, grads: np.ndarray, cutoff: float, local_lr: float) -> list[float]:
-    """Of FEATURES, from `fn.diagnostics`: `readback` is the median of apparent curvature · local_lr."""
+    """Of FEATURES; `readback`: the median apparent curvature · local_lr; `conditioning`: the largest over the least."""
     gram = fn.gram(grads, thetas=thetas)
     found = fn.diagnostics(gram, fn.spectrum(gram, cutoff=cutoff))
     seen = found.curvatures if found.curvatures.size else np.array([np.nan])
     told = (found.noise_to_secant, found.asymmetry, np.median(seen) * local_lr, seen.max() / seen.min())
-    return [found.captured, *told]
+    return [found.captured, *np.where(np.isinf(told), 1e3, told)]
 
 
 def run(cases: list[Case], evaluations: int, after: Callable[[], None]) -> list[dict]:
@@ -255,154 +238,136 @@ def run(cases: list[Case], evaluations: int, after: Callable[[], None]) -> list[
     rows = []
     with np.errstate(all="ignore"), threadpool_limits(1):  # step lengths that diverge are tried; arrays are small
         for case in cases:
-            rows.append(_row(case, evaluations))
+            rows.append(row(case, evaluations))
             after()
     return rows
 
 
-@cache
-def _peers(family: str, condition: int | None, level: str, workers: int, seed: int, evaluations: int) -> tuple:
-    """First-order methods per worker and in total, and L-BFGS where gradients are exact."""
-    at = problem(family, condition, seed)
-    most = {evaluations * m for m in FAMILIES[family][0]} | {evaluations}
-    if workers == 1:
-        return first_order(at, level, 1, most), lbfgs(at, most) if level == "exact" else {}
-    alone, exactly = _peers(family, condition, level, 1, seed, evaluations)
-    together = alone if level == "exact" else first_order(at, level, workers, [evaluations])
-    return together[evaluations], alone[workers * evaluations], exactly
-
-
-def _row(case: Case, evaluations: int) -> dict:
-    at = problem(case.family, case.condition, case.seed)
-    key = case.family, case.condition, case.level
-    together, alone, exactly = _peers(*key, case.workers, case.seed, evaluations)
-    found = newton(at, case, together["gradient descent"][1], evaluations)
-    ends = {"per worker": [end for end, _ in together.values()], "total": [end for end, _ in alone.values()]}
-    ends |= {"GD per worker": ends["per worker"][:1], "GD total": ends["total"][:1]}
+def row(case: Case, evaluations: int) -> dict:
+    """Where all end after as many gradients; gains are the decades by which DistNewton ends lower than the others."""
+    at, total = problem(*case.of), evaluations * case.workers
+    together, alone, exactly = peers(case.of, case.level, case.workers, evaluations)
+    found = newton(at, case, together[evaluations]["gradient descent"][1], evaluations)
+    for name, told in (("per worker", together[evaluations]), ("total", alone[total])):
+        found["GD " + name], found[name] = told["gradient descent"][0], min(told.values())[0]
     if exactly:
-        ends |= {"L-BFGS per worker": [exactly[evaluations]], "L-BFGS total": [exactly[evaluations * case.workers]]}
-    gains = {name: math.log10(min(end)) - math.log10(found["excess"]) for name, end in ends.items()}
-    case = {k: v for k, v in asdict(case).items() if k != "setting"} | asdict(case.setting) | {"n": at.start.size}
-    return case | {name: float(f"{value:.3g}") for name, value in (found | gains).items()}
+        found |= {"L-BFGS per worker": exactly[evaluations], "L-BFGS total": exactly[total]}
+    gains = {name: math.log10(end / found["excess"]) for name, end in found.items() if name.endswith(TARGETS)}
+    return asdict(case) | {"n": at.start.size} | {name: float(f"{x:.3g}") for name, x in (found | gains).items()}
+
+
+@cache
+def peers(of: tuple, level: str, workers: int, evaluations: int) -> tuple[dict, dict, dict]:
+    """First-order methods with the mean gradient of all workers and with that of one, and L-BFGS if it is exact."""
+    at, most = problem(*of), {evaluations * m for m in (1, *MANY)}
+    if workers == 1:
+        return {}, first_order(at, level, 1, most), lbfgs(at, most) if level == "exact" else {}
+    _, alone, exactly = peers(of, level, 1, evaluations)
+    return alone if level == "exact" else first_order(at, level, workers, {evaluations}), alone, exactly
 
 
 # -- what the rows say ----------------------------------------------------------------------------------------
 
 
-def kind(row: dict) -> str:
-    """Settings are recommended for exact and for noisy gradients."""
-    return "exact" if row["level"] == "exact" else "noisy"
-
-
-def effects(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """{kind: {factor: {value: [mean gain over that of the same family and noise, cases]}}}, per worker, in decades."""
-    usual = {(row["family"], row["level"]): [] for row in rows}
-    for row in rows:
-        usual[row["family"], row["level"]].append(row["per worker"])
+def effects(rows: list[dict]) -> dict[str, dict[str, dict[str, list]]]:
+    """{kind: {factor: {value: [gain, cases]}}}: mean gain per worker over the mean of the same family and noise."""
+    gains = np.array([row["per worker"] for row in rows])
+    of = np.array([row["family"] + row["level"] for row in rows])
+    gains = gains - [gains[of == one].mean() for one in of]
     found: dict = {"exact": {}, "noisy": {}}
-    for name, factor, value in ((k, f, v) for k, (f, vs) in itertools.product(found, FACTORS.items()) for v in vs):
-        chosen = [row for row in rows if kind(row) == name and row[factor] == value]
-        over = [row["per worker"] - np.mean(usual[row["family"], row["level"]]) for row in chosen]
-        if over:
-            found[name].setdefault(factor, {})[str(value)] = [float(np.mean(over)), len(over)]
+    for name, (factor, values) in itertools.product(found, FACTORS.items()):
+        told = found[name][factor] = {}
+        for value in values:
+            some = [kind(row["level"]) == name and row[factor] == value for row in rows]
+            told |= {str(value): [float(gains[some].mean()), sum(some)]} if any(some) else {}
     return found
 
 
-def recommended(found: dict) -> dict[str, Setting]:
-    """The best value of each factor."""
-    best = {}
-    for name, factors in found.items():
-        values = {str(value): value for choices in FACTORS.values() for value in choices}
-        picked = {factor: values[max(told, key=lambda value: told[value][0])] for factor, told in factors.items()}
-        best[name] = Setting(**picked)
-    return best
-
-
-def predictor() -> Pipeline:
-    """Logistic regression on the diagnostics; a figure that two workers cannot give is its own answer."""
-    return make_pipeline(SimpleImputer(add_indicator=True), StandardScaler(), LogisticRegression())
-
-
-def inputs(rows: list[dict]) -> np.ndarray:
-    """(rows, FEATURES): the captured share, and logarithms of the others from 1e-3 to 1e3."""
-    values = np.array([[row[name] for name in FEATURES] for row in rows], float)
-    return np.column_stack([values[:, 0], np.log10(np.clip(values[:, 1:], 1e-3, 1e3))])
+def recommended(found: dict) -> dict[str, dict]:
+    """The best value of each factor, for exact and for noisy gradients."""
+    values = {str(value): value for choices in FACTORS.values() for value in choices}
+    return {
+        name: {factor: values[max(told, key=lambda value: told[value][0])] for factor, told in factors.items()}
+        for name, factors in found.items()
+    }
 
 
 def prediction(rows: list[dict]) -> dict[str, dict[str, dict]]:
     """{target: {family left out: figures}}; "all" pools what was predicted of each when it was left out."""
-    x, of = inputs(rows), np.array([row["family"] for row in rows])
-    found: dict = {}
+    values, of = np.array([[row[name] for name in FEATURES] for row in rows]), np.array([row["family"] for row in rows])
+    x, found = np.column_stack([values[:, 0], np.log10(np.clip(values[:, 1:], 1e-3, 1e3))]), {}
     for target in (*TARGETS, "GD per worker"):
-        won = np.array([row[target] > MARGIN for row in rows])
-        odds = np.full(len(rows), np.nan)
-        for family in dict.fromkeys(of.tolist()):
-            out = of == family
-            if 0 < won[~out].sum() < (~out).sum():
-                odds[out] = predictor().fit(x[~out], won[~out]).predict_proba(x[out])[:, 1]
-        groups = {family: of == family for family in dict.fromkeys(of.tolist())} | {"all": np.full(len(of), True)}
-        found[target] = {name: _power(won[some], odds[some]) for name, some in groups.items()}
-        found[target] |= {f"{name} alone": _power(won, x[:, k]) for k, name in enumerate(FEATURES)}
+        won, odds = np.array([row[target] > MARGIN for row in rows]), np.full(len(rows), np.nan)
+        out = {family: of == family for family in dict.fromkeys(of.tolist())}
+        for left in out.values():
+            if len(set(won[~left])) == 2:  # two workers cannot give some figures, which is an answer too
+                fit = make_pipeline(SimpleImputer(add_indicator=True), StandardScaler(), LogisticRegression())
+                odds[left] = fit.fit(x[~left], won[~left]).predict_proba(x[left])[:, 1]
+        found[target] = {name: power(won[some], odds[some]) for name, some in (out | {"all": odds == odds}).items()}
+        found[target] |= {f"{name} alone": power(won, x[:, k]) for k, name in enumerate(FEATURES)}
     return found
 
 
-def _power(won: np.ndarray, odds: np.ndarray) -> dict:
-    known = np.isfinite(odds)
-    won, odds = won[known], odds[known]
-    auc = float(roc_auc_score(won, odds)) if 0 < won.sum() < won.size else None
-    share = float(won.mean()) if won.size else 0.0
-    accuracy = float(((odds > 0.5) == won).mean()) if won.size else 0.0
-    return {"cases": int(won.size), "won": share, "auc": auc, "accuracy": accuracy, "majority": max(share, 1 - share)}
+def power(won: np.ndarray, odds: np.ndarray) -> dict:
+    """How well odds tell who won, where they are known."""
+    won, odds = won[np.isfinite(odds)], odds[np.isfinite(odds)]
+    if not won.size:
+        return {"cases": 0}
+    auc = float(roc_auc_score(won, odds)) if len(set(won)) == 2 else None
+    right, share = float(np.mean((odds > 0.5) == won)), float(won.mean())
+    return {"cases": won.size, "won": share, "auc": auc, "accuracy": right, "majority": max(share, 1 - share)}
 
 
 def winners(found: dict) -> Table:
-    """Who wins with the recommended settings, on starting points and noise that they were not chosen on."""
+    """Who wins with the recommended settings, from starting points and with noise that they were not chosen on."""
     names = ("GD per worker", "per worker", "L-BFGS per worker", "GD total", "total", "L-BFGS total")
-    rows, fresh = [], found["confirmed"]
+    lines = []
     for family, level in itertools.product(FAMILIES, LEVELS):
-        some = [row for row in fresh if (row["family"], row["level"]) == (family, level)]
+        some = [row for row in found["confirmed"] if (row["family"], row["level"]) == (family, level)]
         if some:
-            rows.append((f"{family}: {level}", str(len(some)), *(_share(some, name) for name in names)))
+            gains = [[row[name] for row in some if name in row] for name in names]
+            cells = [f"{np.mean(np.array(g) > MARGIN):.0%}, × {10 ** np.median(g):.2g}" if g else "" for g in gains]
+            lower = f"{np.mean([row['lower'] for row in some]):.0%}"
+            lines.append((f"{family}: {level}", str(len(some)), *cells, lower))
     note = (
-        "Share of the cases that DistNewton ends at least 10 % lower, J above its minimum, and the median of the others' "
-        f"over its, after {found['evaluations']} gradients per worker; settings as recommended below. Per worker: equal "
-        "wall-clock; in total: m times as many steps of the others. Step lengths are the best for every case and method."
+        "Share of the cases in which DistNewton ends at least 10 % lower, by J above its minimum, and the median of "
+        f"the other's over its, after {found['evaluations']} gradients per worker, with the recommended settings. "
+        "Worker: equal wall-clock; total: m times as many steps of the others. Every method has the best of the step "
+        "lengths tried in each case. Equal length: share of the first quarter's steps that end lower than one as long "
+        "along −ḡ."
     )
-    columns = ("problem: gradients", "cases", "GD /worker", "GD, mom. /worker", "L-BFGS /worker", "GD total")
-    return Table("Where it wins", (*columns, "GD, mom. total", "L-BFGS total"), rows, note)
-
-
-def _share(rows: list[dict], name: str) -> str:
-    gains = [row[name] for row in rows if name in row]
-    return f"{np.mean(np.array(gains) > MARGIN):.0%}, × {10 ** np.median(gains):.2g}" if gains else ""
+    columns = ("problem: gradients", "cases", "GD, worker", "GD, mom., worker", "L-BFGS, worker", "GD, total")
+    return Table("Where it wins", (*columns, "GD, mom., total", "L-BFGS, total", "equal length"), lines, note)
 
 
 def settings(found: dict) -> Table:
     """What each value of each setting gains."""
-    rows = []
+    lines = []
     for (name, factors), best in zip(found["effects"].items(), found["recommended"].values(), strict=True):
         for factor, told in factors.items():
             cells = ", ".join(f"{value}: {gain:+.2f} ({count})" for value, (gain, count) in told.items())
-            rows.append((f"{name}: {factor}", str(best[factor]), cells))
+            lines.append((f"{name}: {factor}", str(best[factor]), cells))
     note = (
-        "Mean gain in decades per worker over the mean of the same family and noise, and the cases. The spread is a "
-        "share of the last step or of lr_rest·‖ḡ‖ of the last combine; shared: all workers combine gradients of one batch."
+        "Mean gain in decades, per worker against the better of gradient descent and momentum, over that of the same "
+        "family and noise, and the cases. The spread is a share of the last step, or of lr_rest·‖ḡ‖; shared: the "
+        "gradients that are combined are of one batch."
     )
-    return Table("Settings", ("gradients: setting", "recommended", "gain of each value"), rows, note)
+    return Table("Settings", ("gradients: setting", "recommended", "gain of each value"), lines, note)
 
 
 def predictions(found: dict) -> Table:
     """What the diagnostics are worth on families that were left out of the fit."""
-    rows = []
+    lines = []
     for target, told in found["prediction"].items():
-        for name, power in told.items():
-            auc = "" if power["auc"] is None else f"{power['auc']:.2f}"
-            fitted = [] if "alone" in name else [f"{power['accuracy']:.0%}", f"{power['majority']:.0%}"]
-            rows.append((f"{target}: {name}", str(power["cases"]), f"{power['won']:.0%}", auc, *(fitted or ["", ""])))
+        for name, one in told.items():
+            auc = "" if one.get("auc") is None else f"{one['auc']:.2f}"
+            shares = [f"{one[key]:.0%}" if key in one else "" for key in ("won", "accuracy", "majority")]
+            shares[1:] = ["", ""] if "alone" in name else shares[1:]
+            lines.append((f"{target}: {name}", str(one["cases"]), shares[0], auc, *shares[1:]))
     note = (
-        "Logistic regression on the diagnostics of the first quarter of a run; each family is predicted from the others. "
-        "Majority: the accuracy of always saying the more frequent. Alone: one diagnostic without a fit; below 0.5 a "
-        "small value speaks for the step."
+        "Logistic regression on the diagnostics of the first quarter of a run: each family predicted from the others. "
+        "Majority: the accuracy of always saying the more frequent. Alone: one diagnostic without a fit; an AUC below "
+        "0.5 says that small values speak for the step."
     )
     columns = ("DistNewton wins: left out", "cases", "won", "AUC", "accuracy", "majority")
-    return Table("What fn.diagnostics predicts", columns, rows, note)
+    return Table("What fn.diagnostics predicts", columns, lines, note)

@@ -384,7 +384,9 @@ def test_what_was_fitted_is_shown(exchanged, tmp_path):
     assert (tmp_path / plots.exchanges([row], here, tmp_path)).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("arguments", [[], ["peers"], ["train"], ["exchange"], ["figure1"], ["scaling"], ["report"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["peers"], ["train"], ["exchange"], ["figure1"], ["scaling"], ["regimes"], ["report"]]
+)
 def test_help_names_every_option(capsys, arguments):
     with pytest.raises(SystemExit, match="0"):
         main([*arguments, "--help"])
@@ -395,6 +397,7 @@ def test_help_names_every_option(capsys, arguments):
         "exchange": ("--quick", "--rounds"),
         "figure1": ("--quick", "--full", "--resume", "--data"),
         "scaling": ("--quick", "--device"),
+        "regimes": ("--quick",),
         "report": ("--readme",),
     }
     for name in ("--out", *options.get(arguments[0] if arguments else "train", ())):
