@@ -145,17 +145,20 @@ def run_figure1(options: argparse.Namespace, console: Console) -> None:
 
 def run_regimes(options: argparse.Namespace, console: Console) -> None:
     """`python -m bench regimes`"""
-    counts, evaluations = ((24, 12), 16) if options.quick else ((360, 150), regimes.EVALUATIONS)
+    counts, evaluations = ((24, 12), 16) if options.quick else ((480, 240), regimes.EVALUATIONS)
     drawn = regimes.design(counts[0], seed=0)
-    with _progress(console, len(drawn) + len(regimes.design(counts[1], seed=1))) as (say, advance):
+    with _progress(console, len(drawn)) as (say, advance):
         say("random settings")
         rows = regimes.run(drawn, evaluations, advance)
-        effects = regimes.effects(rows)
-        best = regimes.recommended(effects)
+    effects = regimes.effects(rows)
+    best = regimes.recommended(effects)
+    again = regimes.design(counts[1], seed=1, best=best)
+    with _progress(console, len(again)) as (say, advance):
         say("recommended settings")
-        fresh = regimes.run(regimes.design(counts[1], seed=1, best=best), evaluations, advance)
+        fresh = regimes.run(again, evaluations, advance)
     found = {"evaluations": evaluations, "effects": effects, "recommended": best}
-    found |= {"prediction": regimes.prediction(rows), "rows": rows, "confirmed": fresh}
+    found |= {"prediction": regimes.prediction(rows + fresh)}
+    found |= {"rows": regimes.packed(rows), "confirmed": regimes.packed(fresh)}
     _finish(options, console, "regimes", found)
 
 

@@ -219,10 +219,10 @@ def scaling(found: dict, folder: Path) -> str:
 
 def regimes(found: dict, folder: Path) -> str:
     """Gain over first-order methods by noise, conditioning and workers, over all settings drawn; and against m."""
-    rows = found["rows"] + found["confirmed"]
-    quadratics = [row for row in rows if row["condition"]]
+    rows = [row for part in ("rows", "confirmed") for row in design.unpacked(found[part])]
+    quadratics = [row for row in rows if "condition" in row]
     exact = [row for row in quadratics if row["level"] == "exact"]
-    others = [row for row in rows if not row["condition"]]
+    others = [row for row in rows if "condition" not in row]
     maps = [
         ("Quadratics, n = 60", quadratics, "level", design.LEVELS),
         ("Quadratics, exact gradients", exact, "condition", design.CONDITIONS),
@@ -246,7 +246,7 @@ def regimes(found: dict, folder: Path) -> str:
                     axes.text(
                         x,
                         y,
-                        f"{best:+.1f}\n{won:.0%}",
+                        f"{round(best, 1) + 0.0:+.1f}\n{won:.0%}",
                         ha="center",
                         va="center",
                         fontsize=8,
