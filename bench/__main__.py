@@ -29,6 +29,7 @@ from bench import (
     report,
     scaling,
     train,
+    verdict,
 )
 from bench.ceilings import machine, read_ceiling
 
@@ -150,14 +151,14 @@ def run_regimes(options: argparse.Namespace, console: Console) -> None:
     with _progress(console, len(drawn)) as (say, advance):
         say("random settings")
         rows = regimes.run(drawn, evaluations, advance)
-    effects = regimes.effects(rows)
-    best = regimes.recommended(effects)
+    effects = verdict.effects(rows)
+    best = verdict.recommended(effects)
     again = regimes.design(counts[1], seed=1, best=best)
     with _progress(console, len(again)) as (say, advance):
         say("recommended settings")
         fresh = regimes.run(again, evaluations, advance)
     found = {"evaluations": evaluations, "effects": effects, "recommended": best}
-    found |= {"prediction": regimes.prediction(rows + fresh)}
+    found |= {"prediction": verdict.prediction(rows + fresh)}
     found |= {"rows": regimes.packed(rows), "confirmed": regimes.packed(fresh)}
     _finish(options, console, "regimes", found)
 
@@ -241,7 +242,7 @@ def _figure1(found: dict, folder: Path) -> list[page.Part]:
 
 def _regimes(found: dict, folder: Path) -> list[page.Part]:
     picture = report.Picture("Where the step wins", plots.regimes(found, folder))
-    return [regimes.winners(found), picture, regimes.settings(found), regimes.predictions(found)]
+    return [verdict.winners(found), picture, verdict.settings(found), verdict.predictions(found)]
 
 
 PARTS: dict[str, Callable[[dict, Path], list[page.Part]]] = {

@@ -15,6 +15,7 @@ from bench import regimes as design
 from bench.claims import NAMES, TUNED, View
 from bench.figure1 import MOMENTUM, PAPER_LRS, WORKERS
 from bench.quadratic import SMALLEST
+from bench.verdict import MARGIN
 
 COLOURS = {
     "fastnewton": "#c1121f",
@@ -239,7 +240,7 @@ def regimes(found: dict, folder: Path) -> str:
             for (x, value), (y, m) in itertools.product(enumerate(values), enumerate(workers)):
                 gains = [row[target] for row in some if row[key] == value and row["workers"] == m]
                 if gains:
-                    best, won = max(gains), np.mean(np.array(gains) > design.MARGIN)
+                    best, won = max(gains), np.mean(np.array(gains) > MARGIN)
                     shade = plt.get_cmap("RdBu")(0.5 + np.clip(best, -2, 2) / 4)
                     axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=shade, lw=0))
                     dark = abs(best) > 1.2

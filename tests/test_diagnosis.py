@@ -105,6 +105,21 @@ def test_any_dtype(rng, dtype):
     np.testing.assert_allclose(found.curvatures, curvatures, rtol=1e-4)
 
 
+def test_on_a_device_they_are_the_same(rng):
+    from cudasim import build, checks
+
+    if reason := build.why_unavailable():
+        pytest.skip(reason)
+    thetas, grads, *_ = noisy(rng, 6, 300, 0.1)
+    here = dataclasses.astuple(diagnosed(thetas, grads))
+    with checks.simulated_device():
+        import cupy
+
+        there = dataclasses.astuple(diagnosed(cupy.asarray(thetas), cupy.asarray(grads)))
+    assert isinstance(there[-1], np.ndarray)
+    np.testing.assert_allclose(np.hstack(there), np.hstack(here), rtol=1e-9)  # sums in another order
+
+
 def test_what_cannot_be_known_is_nan(rng):
     two = diagnosed(*rng.standard_normal((2, 2, 30)))
     assert np.isnan([two.asymmetry, two.noise_to_secant]).all()

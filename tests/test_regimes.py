@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import check_grad
 
-from bench import plots, problems, regimes
+from bench import plots, problems, regimes, verdict
 from bench.__main__ import main
 
 
@@ -123,35 +123,35 @@ def rows_of(gain):
 
 def test_the_best_value_of_a_setting_is_found_whatever_the_family():
     rows = rows_of(lambda each, told: len(each.family) / 30 + 0.5 * (each.cutoff == 0.3) - 0.5 * (each.spread == 1.0))
-    found = regimes.effects(rows)
+    found = verdict.effects(rows)
     assert max(gain for gain, _ in found["noisy"]["cutoff"].values()) == found["noisy"]["cutoff"]["0.3"][0] > 0
     assert sum(count for _, count in found["exact"]["spread"].values()) == sum(row["level"] == "exact" for row in rows)
-    best = regimes.recommended(found)
+    best = verdict.recommended(found)
     assert best["exact"]["cutoff"] == best["noisy"]["cutoff"] == 0.3
     assert best["exact"]["spread"] != 1.0 != best["noisy"]["spread"]
 
 
 def test_what_decides_is_predicted_and_chance_is_not(rng):
-    told = regimes.prediction(rows_of(lambda each, told: 1.0 if told["noise_to_secant"] < 1 else -1.0))["per worker"]
+    told = verdict.prediction(rows_of(lambda each, told: 1.0 if told["noise_to_secant"] < 1 else -1.0))["per worker"]
     assert told["all"]["auc"] == told["all"]["accuracy"] == 1.0
     assert told["noise_to_secant alone"]["auc"] == 0.0
     assert told["logistic, digits"]["cases"] == 11
-    chance = regimes.prediction(rows_of(lambda each, told: rng.choice([-1.0, 1.0])))["total"]
+    chance = verdict.prediction(rows_of(lambda each, told: rng.choice([-1.0, 1.0])))["total"]
     assert abs(chance["all"]["auc"] - 0.5) < 0.3  # of 69 cases: 0.07 is the standard deviation
-    never = regimes.prediction(rows_of(lambda each, told: -1.0))["total"]
+    never = verdict.prediction(rows_of(lambda each, told: -1.0))["total"]
     assert never["all"]["cases"] == 0
 
 
 def test_tables_and_the_picture_are_made_of_the_rows(tmp_path):
     rows = rows_of(lambda each, told: 0.5)
-    effects = regimes.effects(rows)
+    effects = verdict.effects(rows)
     columns = regimes.packed(rows)
     assert regimes.unpacked(columns) == [{k: x for k, x in row.items() if x is not None} for row in rows]
     found = {"rows": columns, "confirmed": columns, "evaluations": 8, "effects": effects}
-    found |= {"recommended": regimes.recommended(effects), "prediction": regimes.prediction(rows)}
-    for table in (regimes.winners(found), regimes.settings(found), regimes.predictions(found)):
+    found |= {"recommended": verdict.recommended(effects), "prediction": verdict.prediction(rows)}
+    for table in (verdict.winners(found), verdict.settings(found), verdict.predictions(found)):
         assert {len(line) for line in table.rows} == {len(table.columns)}
-    assert regimes.winners(found).rows[0][2:5] == ("100%, × 3.2", "100%, × 3.2", "")
+    assert verdict.winners(found).rows[0][2:5] == ("100%, × 3.2", "100%, × 3.2", "")
     assert (tmp_path / plots.regimes(found, tmp_path)).read_bytes().startswith(b"\x89PNG")
 
 
