@@ -6,8 +6,11 @@ the mean gradient of all workers; at equal work in total, m times as many with t
 
 import math
 from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import repeat
+from multiprocessing import get_context
 
 import numpy as np
 from scipy.optimize import minimize
@@ -15,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 import fastnewton as fn
 from bench import problems
+from bench.ceilings import available_cores
 
 EVALUATIONS = 64  # gradients per worker
 SHARES = 1.9 * 2.0 ** np.arange(2, -8, -1)  # step lengths that are tried, over the largest curvature at the start
@@ -225,13 +229,23 @@ def features(thetas: np.ndarray, grads: np.ndarray, cutoff: float, local_lr: flo
 
 
 def run(cases: list[Case], evaluations: int, after: Callable[[], None]) -> list[dict]:
+    """A row for each case; cases of the same problem and noise in one process, where they share what is beside them."""
+    groups: dict[tuple, list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.of, case.level), []).append(case)
+    found = {}
+    with ProcessPoolExecutor(available_cores(), mp_context=get_context("spawn")) as pool:
+        for rows, group in zip(pool.map(rows_of, groups.values(), repeat(evaluations)), groups.values(), strict=True):
+            found |= dict(zip(group, rows, strict=True))
+            for _ in group:
+                after()
+    return [found[case] for case in cases]
+
+
+def rows_of(cases: list[Case], evaluations: int) -> list[dict]:
     """A row for each case: how it was set, where everyone ended, and what the diagnostics said."""
-    rows = []
     with np.errstate(all="ignore"), threadpool_limits(1):  # step lengths that diverge are tried; arrays are small
-        for case in cases:
-            rows.append(row(case, evaluations))
-            after()
-    return rows
+        return [row(case, evaluations) for case in cases]
 
 
 def row(case: Case, evaluations: int) -> dict:

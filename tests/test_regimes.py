@@ -96,7 +96,7 @@ def test_everyone_evaluates_as_many_gradients(monkeypatch):
 
 
 def test_more_workers_than_parameters_solve_a_quadratic_that_first_order_methods_do_not():
-    (row,) = regimes.run([case(condition=1000)], 16, after=list)
+    (row,) = regimes.rows_of([case(condition=1000)], 16)
     assert row["excess"] == 1e-12  # Newton's step with all curvatures, to the resolution
     assert min(row["per worker"], row["GD per worker"], row["L-BFGS per worker"]) > 1
     assert row["noise_to_secant"] < 1e-6
@@ -105,7 +105,7 @@ def test_more_workers_than_parameters_solve_a_quadratic_that_first_order_methods
 
 def test_noise_that_swamps_the_secants_is_told_by_the_diagnostics():
     cases = [case(level=level, spread=0.01, workers=8) for level in ("exact", "mini-batch")]
-    quiet, loud = regimes.run(cases, 8, after=list)
+    quiet, loud = regimes.rows_of(cases, 8)
     assert quiet["asymmetry"] < 1e-6 < 0.3 < loud["asymmetry"]
     assert quiet["per worker"] > loud["per worker"]
 
