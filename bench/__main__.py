@@ -65,8 +65,8 @@ file for each run is written to OUT/figure1/.
 REGIMES = """\
 Where the step wins: some hundred random settings on quadratics, logistic regression and a tanh network, exact and noisy
 gradients, beside tuned gradient descent, momentum and L-BFGS at equal numbers of gradients, per worker and in total;
-whether fn.diagnostics predicts it on families left out; recommended settings.  About 10 minutes; with --quick, half a
-minute.
+whether fn.diagnostics predicts it on families left out; recommended settings.  About 10 minutes on 2 cores; with
+--quick less than 1.
 """
 SCALING = """\
 Is the step O(m³ + mn)?  gram, combine and spectrum over m = 2 ... 512 and n = 2^12 ... 2^26, what a rank of the sharded
