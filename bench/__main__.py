@@ -25,11 +25,13 @@ from bench import (
     plots,
     problems,
     quadratic,
+    regimes,
     regression,
     report,
     scaling,
     short,
     train,
+    verdict,
 )
 from bench.ceilings import machine, read_ceiling
 
@@ -61,6 +63,12 @@ The paper's experiment: a 5-layer convnet of about 16,000 parameters on MNIST an
 2, 4 and 8 MPI ranks: DistNewton beside SGD, momentum, local SGD and itself without Newton's part, and the paper's
 claims beside what was found.  Needs PyTorch.  About 40 minutes on 2 cores, with the first 8,192 and 4,864 images; a
 file for each run is written to OUT/figure1/.
+"""
+REGIMES = """\
+Where the step wins: some hundred random settings on quadratics, logistic regression and a tanh network, exact and noisy
+gradients, beside tuned gradient descent, momentum and L-BFGS at equal numbers of gradients, per worker and in total;
+whether fn.diagnostics predicts it on families left out; recommended settings.  About 10 minutes on 2 cores; with
+--quick less than 1.
 """
 SCALING = """\
 Is the step O(m³ + mn)?  gram, combine and spectrum over m = 2 ... 512 and n = 2^12 ... 2^26, what a rank of the sharded
@@ -143,6 +151,25 @@ def run_figure1(options: argparse.Namespace, console: Console) -> None:
     _finish(options, console, "figure1", found)
     hours = figure1.estimate(figure1.plan(figure1.SCALES["full"], best)) / 3600
     console.print(f"--full, all images of the full data sets and 50 epochs: about {hours:.0f} hours", highlight=False)
+
+
+def run_regimes(options: argparse.Namespace, console: Console) -> None:
+    """`python -m bench regimes`"""
+    counts, evaluations = ((24, 12), 16) if options.quick else ((480, 240), regimes.EVALUATIONS)
+    drawn = regimes.design(counts[0], seed=0)
+    with _progress(console, len(drawn)) as (say, advance):
+        say("random settings")
+        rows = regimes.run(drawn, evaluations, advance)
+    effects = verdict.effects(rows)
+    best = verdict.recommended(effects)
+    again = regimes.design(counts[1], seed=1, best=best)
+    with _progress(console, len(again)) as (say, advance):
+        say("recommended settings")
+        fresh = regimes.run(again, evaluations, advance)
+    found = {"evaluations": evaluations, "effects": effects, "recommended": best}
+    found |= {"prediction": verdict.prediction(rows + fresh)}
+    found |= {"rows": regimes.packed(rows), "confirmed": regimes.packed(fresh)}
+    _finish(options, console, "regimes", found)
 
 
 def run_scaling(options: argparse.Namespace, console: Console) -> None:
@@ -233,6 +260,11 @@ def _figure1(found: dict, folder: Path) -> list[page.Part]:
     return [claims.table(found), picture, claims.settings(found)]
 
 
+def _regimes(found: dict, folder: Path) -> list[page.Part]:
+    picture = report.Picture("Where the step wins", plots.regimes(found, folder))
+    return [verdict.winners(found), picture, verdict.settings(found), verdict.predictions(found)]
+
+
 PARTS: dict[str, Callable[[dict, Path], list[page.Part]]] = {
     "bench": _overview,
     "peers": _peers,
@@ -240,6 +272,7 @@ PARTS: dict[str, Callable[[dict, Path], list[page.Part]]] = {
     "exchange": _exchange,
     "train": _training,
     "figure1": _figure1,
+    "regimes": _regimes,
 }
 DEFAULTS = {
     "run": run_all,
@@ -351,6 +384,7 @@ def _parser() -> argparse.ArgumentParser:
         ("exchange", run_exchange, "the exchanges over MPI", EXCHANGE, _add_timing, _add_rounds),
         ("figure1", run_figure1, "the paper's experiment", FIGURE1, _add_figure1),
         ("regression", run_regression, "whether it is as fast as it was", REGRESSION, _add_timing, _add_update),
+        ("regimes", run_regimes, "where the step wins, and what predicts it", REGIMES, _add_timing),
         ("report", run_report, "one page of all results", REPORT, _add_readme),
     ):
         made = _parser_for(commands.add_parser, name, text, help=said)

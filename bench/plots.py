@@ -11,9 +11,11 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from bench import network, roofline
+from bench import regimes as design
 from bench.claims import NAMES, TUNED, View
 from bench.figure1 import MOMENTUM, PAPER_LRS, WORKERS
 from bench.quadratic import SMALLEST
+from bench.verdict import MARGIN
 
 COLOURS = {
     "fastnewton": "#c1121f",
@@ -215,6 +217,62 @@ def scaling(found: dict, folder: Path) -> str:
                 axes.set_xticks(ms, [str(m) for m in ms])
                 axes.minorticks_off()
         return _save(figure, folder, "scaling.png")
+
+
+def regimes(found: dict, folder: Path) -> str:
+    """Gain over first-order methods by noise, conditioning and workers, over all settings drawn; and against m."""
+    rows = [row for part in ("rows", "confirmed") for row in design.unpacked(found[part])]
+    quadratics = [row for row in rows if "condition" in row]
+    exact = [row for row in quadratics if row["level"] == "exact"]
+    others = [row for row in rows if "condition" not in row]
+    maps = [
+        ("Quadratics, n = 60", quadratics, "level", design.LEVELS),
+        ("Quadratics, exact gradients", exact, "condition", design.CONDITIONS),
+        ("Classification, exact", [row for row in others if row["level"] == "exact"], "family", None),
+        ("Classification, noisy", [row for row in others if row["level"] != "exact"], "family", None),
+    ]
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, grid = plt.subplots(2, 4, figsize=(15, 7.5))
+        for (up, target), (across, (title, some, key, values)) in itertools.product(
+            enumerate(design.TARGETS), enumerate(maps)
+        ):
+            axes, workers = grid[up, across], sorted({row["workers"] for row in some})
+            values = values or list(dict.fromkeys(row[key] for row in some))
+            for (x, value), (y, m) in itertools.product(enumerate(values), enumerate(workers)):
+                gains = [row[target] for row in some if row[key] == value and row["workers"] == m]
+                if gains:
+                    best, won = max(gains), np.mean(np.array(gains) > MARGIN)
+                    shade = plt.get_cmap("RdBu")(0.5 + np.clip(best, -2, 2) / 4)
+                    axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=shade, lw=0))
+                    dark = abs(best) > 1.2
+                    axes.text(
+                        x,
+                        y,
+                        f"{round(best, 1) + 0.0:+.1f}\n{won:.0%}",
+                        ha="center",
+                        va="center",
+                        fontsize=8,
+                        color="w" if dark else "k",
+                    )
+            names = [
+                str(value).replace(", ", ",\n")
+                if key == "family"
+                else f"κ = {value:,}"
+                if key == "condition"
+                else value
+                for value in values
+            ]
+            axes.set_xticks(range(len(values)), names, fontsize=8)
+            axes.set_yticks(range(len(workers)), [str(m) for m in workers])
+            axes.set(xlim=(-0.5, len(values) - 0.5), ylim=(-0.5, len(workers) - 0.5), ylabel="workers m")
+            axes.set_title(title, pad=20)
+            _subtitle(axes, f"equal gradients {'in ' if target == 'total' else ''}{target}")
+        figure.suptitle(
+            "DistNewton against the better of gradient descent and momentum: gain of the best setting, in decades of J "
+            "above its minimum (blue: it wins), and the share of the settings that win",
+            fontsize=10,
+        )
+        return _save(figure, folder, "regimes.png")
 
 
 def gpu(rows: list[dict], folder: Path) -> str:

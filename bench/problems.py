@@ -115,22 +115,67 @@ class Multinomial:
         self.n = self.features.shape[1] * CLASSES
         self.samples = len(self.features)
 
-    def value(self, w: np.ndarray) -> float:
-        scores = log_softmax(self.features @ w.reshape(-1, CLASSES), axis=1)
-        return float(-np.vdot(scores, self.targets) / self.samples + 0.5 * self.l2 * (w @ w))
+    def scores(self, features: np.ndarray, w: np.ndarray) -> np.ndarray:
+        return features @ w.reshape(*w.shape[:-1], -1, CLASSES)
+
+    def value(self, w: np.ndarray) -> np.ndarray:
+        """J of one vector, or of each along the last axis."""
+        told = (log_softmax(self.scores(self.features, w), axis=-1) * self.targets).sum((-2, -1))
+        return 0.5 * self.l2 * (w * w).sum(-1) - told / self.samples
 
     def gradient(self, w: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-        """∇J(w), from all samples or from the chosen ones."""
+        """∇J(w), from all samples or from the chosen ones; leading axes of both are broadcast."""
         features, targets = self.features, self.targets
         if chosen is not None:
             features, targets = features[chosen], targets[chosen]
-        wrong = softmax(features @ w.reshape(-1, CLASSES), axis=1) - targets
-        return (features.T @ wrong).ravel() / len(features) + self.l2 * w
+        wrong = softmax(self.scores(features, w), axis=-1) - targets
+        return self.pulled_back(features, wrong / features.shape[-2], w) + self.l2 * w
+
+    def pulled_back(self, features: np.ndarray, wrong: np.ndarray, w: np.ndarray) -> np.ndarray:
+        """What derivatives by the scores are by w."""
+        return _flat(features.swapaxes(-1, -2) @ wrong)
 
     def accuracy(self, w: np.ndarray) -> float:
         """Share of the training samples that are told right."""
-        found = (self.features @ w.reshape(-1, CLASSES)).argmax(1)
+        found = self.scores(self.features, w).argmax(1)
         return float((self.targets[np.arange(self.samples), found]).mean())
+
+
+class TanhNetwork(Multinomial):
+    """Ten classes through one hidden layer: scores tanh(xW)U, with W (65, hidden) and U (hidden, 10) as one vector."""
+
+    def __init__(self, data: Digits, l2: float, hidden: int):
+        super().__init__(data, l2)
+        self.hidden, self.n = hidden, (self.features.shape[1] + CLASSES) * hidden
+
+    def scores(self, features: np.ndarray, w: np.ndarray) -> np.ndarray:
+        first, second = self._layers(w)
+        return np.tanh(features @ first) @ second
+
+    def pulled_back(self, features: np.ndarray, wrong: np.ndarray, w: np.ndarray) -> np.ndarray:
+        first, second = self._layers(w)
+        active = np.tanh(features @ first)
+        inner = (wrong @ second.swapaxes(-1, -2)) * (1 - active**2)
+        of_first, of_second = (_flat(of.swapaxes(-1, -2) @ to) for of, to in ((features, inner), (active, wrong)))
+        return np.concatenate([of_first, of_second], axis=-1)
+
+    def _layers(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first, second = np.split(w, [self.n - CLASSES * self.hidden], axis=-1)
+        shape = w.shape[:-1]
+        return first.reshape(*shape, -1, self.hidden), second.reshape(*shape, self.hidden, CLASSES)
+
+
+class Quadratic:
+    """J(w) = ½ Σ h_i w_i², along the Hessian's own axes; its gradients take noise that is added."""
+
+    def __init__(self, curvatures: np.ndarray):
+        self.curvatures, self.n = curvatures, curvatures.size
+
+    def value(self, w: np.ndarray) -> np.ndarray:
+        return 0.5 * (self.curvatures * w**2).sum(-1)
+
+    def gradient(self, w: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        return self.curvatures * w + (0.0 if noise is None else noise)
 
 
 class TwoClasses:
@@ -152,6 +197,10 @@ class TwoClasses:
 
     def gradient(self, w: np.ndarray) -> np.ndarray:
         return -(expit(-self.signed @ w) @ self.signed) / self.samples + self.l2 * w
+
+
+def _flat(matrices: np.ndarray) -> np.ndarray:
+    return matrices.reshape(*matrices.shape[:-2], -1)
 
 
 def spread(rng: np.random.Generator, w: np.ndarray, length: float, workers: int = 1) -> np.ndarray:

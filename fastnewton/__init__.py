@@ -1,6 +1,7 @@
 """The distributed quasi-Newton step of Arnold & Wang (2017), arXiv 1709.05069, at the speed of memory."""
 
 from fastnewton.config import show_config
+from fastnewton.diagnosis import Diagnostics, diagnostics
 from fastnewton.eigen import Gram, Spectrum
 from fastnewton.info import StepInfo
 from fastnewton.kernels.cuda import clear_caches
@@ -10,6 +11,7 @@ from fastnewton.safeguards import Safeguards
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnostics",
     "Gram",
     "NonFiniteError",
     "Safeguards",
@@ -18,6 +20,7 @@ __all__ = [
     "apply_inverse",
     "clear_caches",
     "combine",
+    "diagnostics",
     "gram",
     "show_config",
     "spectrum",

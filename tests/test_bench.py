@@ -373,7 +373,8 @@ def test_what_was_fitted_is_shown(exchanged, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["peers"], ["train"], ["exchange"], ["figure1"], ["scaling"], ["regression"], ["report"]]
+    "arguments",
+    [[], *([name] for name in ["peers", "train", "exchange", "figure1", "scaling", "regression", "regimes", "report"])],
 )
 def test_help_names_every_option(capsys, arguments):
     with pytest.raises(SystemExit, match="0"):
@@ -386,6 +387,7 @@ def test_help_names_every_option(capsys, arguments):
         "figure1": ("--quick", "--full", "--resume", "--data"),
         "scaling": ("--quick", "--device"),
         "regression": ("--quick", "--update"),
+        "regimes": ("--quick",),
         "report": ("--readme",),
     }
     for name in ("--out", *options.get(arguments[0] if arguments else "train", ())):

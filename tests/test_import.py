@@ -53,6 +53,7 @@ def test_import_compiles_nothing(run_python, tmp_path):
 
 def test_public_names():
     assert set(fn.__all__) == {
+        "Diagnostics",
         "Gram",
         "NonFiniteError",
         "Safeguards",
@@ -61,6 +62,7 @@ def test_public_names():
         "apply_inverse",
         "clear_caches",
         "combine",
+        "diagnostics",
         "gram",
         "show_config",
         "spectrum",

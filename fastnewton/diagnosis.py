@@ -1,0 +1,98 @@
+"""What the small matrices say of a step before it is taken: does it follow curvature, or noise?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastnewton import arrays
+from fastnewton.backends import backend
+from fastnewton.eigen import Gram, Spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnostics:
+    """Figures of a step, all from products of size m × m; NaN where they cannot be known.
+
+    Attributes
+    ----------
+    captured : float
+        ‖Pḡ‖²/‖ḡ‖², the share of the mean gradient in the kept directions; 0 when ḡ = 0.
+    asymmetry : float
+        ‖A − Aᵀ‖_F/‖A + Aᵀ‖_F of A = V_jᵀΘᵀGV_j: 0 for differences of a quadratic's gradients, about 1 for noise.
+        Needs two kept directions.
+    noise_to_secant : float
+        Within the span of Θ, the noise in G over the rest, in Frobenius norm; infinite where all of it looks like
+        noise.  With Θ = QSWᵀ, X = QᵀGW and D = SX − XᵀS, the least change of G after which equation (1) has a symmetric
+        solution is, squared, Σ_a<b D_ab²/(s_a² + s_b²); of white noise in r directions it is a share (r − 1)/2r.
+        Needs r ≥ 2.
+    curvatures : (j,) float64
+        σ_k/‖Θv_k‖, what the workers saw along each kept direction, in 1/`lr`; infinite where they did not move.  About
+        1/local_lr in all of them after a local step of SGD on batches of their own: the step would read back noise.
+    """
+
+    captured: float
+    asymmetry: float
+    noise_to_secant: float
+    curvatures: np.ndarray
+
+
+def diagnostics(gram: Gram, spectrum: Spectrum) -> Diagnostics:
+    """Does a step follow curvature, or noise?  No pass over the arrays; on a CUDA device it waits for both arguments.
+
+    Parameters
+    ----------
+    gram : Gram
+        With the products of the parameters: `fastnewton.gram(grads, thetas=thetas)`.
+    spectrum : Spectrum
+        That of `gram`: `fastnewton.spectrum(gram, cutoff=…)`; its kept directions are looked at.
+
+    Returns
+    -------
+    Diagnostics
+        Its array is NumPy's.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Other arguments, a Gram without the products of the parameters, or a Spectrum of another number of workers.
+    """
+    for value, kind in ((gram, Gram), (spectrum, Spectrum)):
+        if not isinstance(value, kind):
+            name = kind.__name__.lower()
+            raise TypeError(
+                f"{name} must be a {kind.__name__}, as fastnewton.{name} returns it; got {type(value).__name__}"
+            )
+    where = arrays.small_matrices(gram)
+    if gram.theta_matrix is None or gram.cross_matrix is None:
+        raise ValueError("gram must hold the products of the parameters: fastnewton.gram(grads, thetas=thetas)")
+    if spectrum.vectors.shape != gram.matrix.shape:
+        raise ValueError(f"spectrum is of {spectrum.vectors.shape[0]} workers; gram is of {gram.matrix.shape[0]}")
+    with backend(where).context(where):
+        of_thetas, cross = _on_host(gram.theta_matrix), _on_host(gram.cross_matrix)
+        sigma, vectors = _on_host(spectrum.singular_values)[: spectrum.rank], _on_host(spectrum.vectors)
+        floor = float(_on_host(gram.theta_floor))
+    kept = vectors[:, : spectrum.rank]
+    with np.errstate(all="ignore"):  # what is not known is NaN, and what did not move infinite
+        seen = kept.T @ cross @ kept
+        asymmetry = np.linalg.norm(seen - seen.T) / np.linalg.norm(seen + seen.T) if len(seen) > 1 else np.nan
+        curvatures = sigma / np.sqrt(np.maximum(np.einsum("ak,ab,bk->k", kept, of_thetas, kept), 0.0))
+        return Diagnostics(float(spectrum.captured), float(asymmetry), _noise(of_thetas, cross, floor), curvatures)
+
+
+def _noise(of_thetas: np.ndarray, cross: np.ndarray, floor: float) -> float:
+    if not (np.isfinite(of_thetas).all() and np.isfinite(cross).all()):
+        return np.nan
+    squares, basis = np.linalg.eigh(of_thetas)
+    moved = squares > max(floor**2, len(squares) * 2.0**-52 * squares[-1])
+    squares, products = squares[moved], basis[:, moved].T @ cross @ basis[:, moved]
+    r = len(squares)
+    if r < 2:
+        return np.nan
+    least = ((products - products.T) ** 2 / (squares[:, None] + squares)).sum() / 2
+    noise, total = least * 2 * r / (r - 1), (products**2 / squares[:, None]).sum()
+    return float(np.sqrt(noise / max(total - noise, 0.0)))
+
+
+def _on_host(value: Any) -> Any:
+    return value.get() if hasattr(value, "get") else value
