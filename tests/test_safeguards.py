@@ -147,7 +147,7 @@ def test_those_examples_meet_every_reason(rng):
     assert reasons == ["accepted", "curvature", "newton_norm", "coefficient", "cosine"]
 
 
-@pytest.mark.parametrize("m", [2, 8, 20, 40])
+@pytest.mark.parametrize("m", [2, 8, 20, pytest.param(40, marks=pytest.mark.full)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_and_number_of_workers(rng, dtype, m):
     thetas, grads = workers(rng, m, 3001, DTYPES[dtype])
