@@ -21,6 +21,7 @@ h3 { margin: 2rem 0 .5rem } p { max-width: 48rem } img { max-width: 100%; height
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left } th { vertical-align: bottom }
+.long td:first-child { white-space: normal; min-width: 20rem }
 tbody tr:nth-child(even) { background: var(--shade) }
 code { background: var(--shade); padding: .1rem .3rem; overflow-wrap: anywhere }
 .note { color: var(--quiet); font-size: .85rem }
@@ -73,7 +74,8 @@ def _shown(folder: Path, part: Part) -> str:
     rows = "\n".join(_row("td", row) for row in part.rows)
     note = f'<p class="note">{html.escape(part.note)}</p>' if part.note else ""
     table = f"<table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table>"
-    return f'<h3>{title}</h3><div class="scroll" tabindex="0">{table}</div>{note}'
+    kind = "scroll" if part.is_short else "scroll long"
+    return f'<h3>{title}</h3><div class="{kind}" tabindex="0">{table}</div>{note}'
 
 
 def _row(tag: str, cells: tuple[str, ...]) -> str:

@@ -24,11 +24,15 @@ class Table:
     rows: list[tuple[str, ...]]
     note: str = ""
 
+    @property
+    def is_short(self) -> bool:
+        """Whether the first column need not be broken into lines."""
+        return max(len(row[0]) for row in self.rows) < LONG
+
     def print(self, console: Console) -> None:
         table = RichTable(box=SIMPLE_HEAD, pad_edge=False)
-        short = max(len(row[0]) for row in self.rows) < LONG
         for number, column in enumerate(self.columns):
-            whole = short and not number
+            whole = self.is_short and not number
             table.add_column(column, justify="right" if number else "left", no_wrap=whole, overflow="fold")
         for row in self.rows:
             table.add_row(*map(escape, row))
@@ -121,7 +125,8 @@ def losses(rows: list[dict]) -> Words:
         for row in compared
         if row["ratios"]["best peer"] < 1.1
     ]
-    return Words("Where we lose", said or [f"At none of the {len(compared)} shapes with a peer is one as fast."])
+    none = f"At none of the {len(compared)} shapes with a peer is one as fast." if compared else "No peer was timed."
+    return Words("Where we lose", said or [none])
 
 
 def targets(rows: list[dict]) -> Table:
