@@ -256,9 +256,10 @@ def row(case: Case, evaluations: int) -> dict:
     for name, runs in (("per worker", [together[evaluations]]), ("total", [together[evaluations], alone[total]])):
         found["GD " + name] = min(each["gradient descent"][0] for each in runs)
         found[name] = min(end for each in runs for end, _ in each.values())
+    excess = found["excess"]
     if exactly:
         found |= {"L-BFGS per worker": exactly[evaluations], "L-BFGS total": exactly[total]}
-    gains = {name: math.log10(end / found["excess"]) for name, end in found.items() if name.endswith(TARGETS)}
+    gains = {name: math.log10(max(end / excess, 1e-99)) for name, end in found.items() if name.endswith(TARGETS)}
     return asdict(case) | {"n": at.start.size} | {name: float(f"{x:.3g}") for name, x in (found | gains).items()}
 
 

@@ -36,7 +36,7 @@ from bench.timing import Sample, interleaved
 from fastnewton.arrays import Rows, aligned
 
 BENCHMARKS, INVARIANTS = "bench/test_speed.py", kept.FOLDER / "invariants.json"
-SLACK = 0.1  # what is 25 % slower is beyond it with room to spare
+SLACK = 0.1  # what is 25 % slower is beyond it where runs of unchanged code differ by less than 13 %
 QUICK_MARGIN = 0.5
 THREADED = ("test_threaded_step",)  # what quick leaves out: a busy machine rarely has all cores to spare
 ATTEMPTS = 3
@@ -168,15 +168,17 @@ def run(names: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, dic
 
 def guard(baseline: Mapping, expected: Mapping, names: Iterable[str] = (), *, quick: bool = False) -> list[Verdict]:
     """A verdict for each benchmark; those that are too slow are run again, ATTEMPTS times in all."""
-    verdicts, left = {}, names
+    verdicts, left, left_out = {}, names, THREADED if quick else ()
     for _ in range(ATTEMPTS):
-        for one in judge(run(left, THREADED if quick else ()), baseline, expected, quick):
+        for one in judge(run(left, left_out), baseline, expected, quick):
             best = min(one.ratio, verdicts.get(one.name, one).ratio)
             verdicts[one.name] = one._replace(ratio=best)
         left = [one.name for one in verdicts.values() if one.failed and not one.broken]
         if not left:
             break
-    return list(verdicts.values())
+    wanted = names or [name for name in expected if name.partition("[")[0] not in left_out]
+    gone = [Verdict(name, math.nan, None, math.inf, "was not run") for name in wanted if name not in verdicts]
+    return [*verdicts.values(), *gone]
 
 
 def judge(found: Mapping[str, dict], baseline: Mapping, expected: Mapping, quick: bool) -> list[Verdict]:

@@ -73,11 +73,13 @@ def diagnostics(gram: Gram, spectrum: Spectrum) -> Diagnostics:
         sigma, vectors = _on_host(spectrum.singular_values)[: spectrum.rank], _on_host(spectrum.vectors)
         floor = float(_on_host(gram.theta_floor))
     kept = vectors[:, : spectrum.rank]
+    scale, theta_scale = (np.abs(products).max() or 1.0 for products in (cross, of_thetas))
     with np.errstate(all="ignore"):  # what is not known is NaN, and what did not move infinite
-        seen = kept.T @ cross @ kept
+        seen = kept.T @ (cross / scale) @ kept
         asymmetry = np.linalg.norm(seen - seen.T) / np.linalg.norm(seen + seen.T) if len(seen) > 1 else np.nan
         curvatures = sigma / np.sqrt(np.maximum(np.einsum("ak,ab,bk->k", kept, of_thetas, kept), 0.0))
-        return Diagnostics(float(spectrum.captured), float(asymmetry), _noise(of_thetas, cross, floor), curvatures)
+        noise = _noise(of_thetas / theta_scale, cross / scale, floor / np.sqrt(theta_scale))
+        return Diagnostics(float(spectrum.captured), float(asymmetry), noise, curvatures)
 
 
 def _noise(of_thetas: np.ndarray, cross: np.ndarray, floor: float) -> float:

@@ -84,8 +84,12 @@ class StepInfo:
     @property
     def is_sound(self) -> bool:
         """Whether K and θ_new are finite."""
+        return self.is_sound_from(0.0)
+
+    def is_sound_from(self, least: float) -> bool:
+        """Whether K and θ_new are finite, and σ_1² is at least that."""
         record = self.read()
-        return record[STATUS] == GO and record[RESULT] == 0
+        return record[STATUS] == GO and record[RESULT] == 0 and record[HEADER] ** 2 >= least
 
     def fallen_back(self, reason: int) -> "StepInfo":
         """The averaged SGD in place of this step, for that reason."""

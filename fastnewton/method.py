@@ -25,6 +25,7 @@ from fastnewton.kernels.record import GO
 from fastnewton.safeguards import Safeguards, checked
 
 PRECISE_CUTOFF = 1e-3  # smaller directions drown in the rounding of float32 products
+SMALL_SQUARE = 2.0**-100  # a float32 product is off by 2⁻¹⁵⁰ and more, and a kept direction may have 1e-6 of σ_1²
 
 ON_NONFINITE = ("raise", "drop", "propagate")
 LR_CAPS = (None, "sigma", "curvature")
@@ -86,6 +87,10 @@ class Options:
     def reads_thetas(self) -> bool:
         """Whether the Gram pass reads both arrays."""
         return self.lr_cap == "curvature" or self.safeguards is not None
+
+    def least_square(self, products: str, m: int, n: int) -> float:
+        """The σ_1² below which products of gradients in that type may have been rounded to zero."""
+        return n * SMALL_SQUARE if products == "float32" and m > 1 and self.safeguards is None else 0.0
 
     @property
     def is_unchecked(self) -> bool:
@@ -242,7 +247,8 @@ def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None
     thetas : like grads, optional
         Adds ΘᵀΘ, ΘᵀG and Θᵀḡ.  K and b keep their bits.
     precision : {None, "float64"}
-        None forms products of 16- and 32-bit data in float32, short sums in float32, long ones in float64.
+        None forms products of 16- and 32-bit data in float32, short sums in float32, long ones in float64.  Gradients
+        below 1e-15 then lose digits, which `step` sees and repeats in float64.
 
     Returns
     -------
@@ -342,13 +348,16 @@ def compute_type(dtype: str, precision: str | None) -> str:
 
 
 def step_rows(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
-    """The step on checked input, written to `out`; what overflows is repeated in float64."""
+    """The step on checked input, written to `out`; what overflows or underflows is repeated in float64."""
     side = backend(thetas)
     products = sums = options.compute(grads.dtype)
     while True:
         info = side.attempt(thetas, grads, lr, options, out, products=products, sums=sums)
-        if options.is_unchecked or info.is_sound:
+        if options.is_unchecked or info.is_sound_from(options.least_square(products, thetas.m, thetas.n)):
             return info
+        if info.is_sound:
+            products = "float64"
+            continue
         if workers := side.nonfinite_workers(thetas, grads):
             return info if options.nonfinite == "propagate" else _without(workers, thetas, grads, lr, options, out)
         if (products if info.status != GO else sums) == "float64":

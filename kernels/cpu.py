@@ -281,7 +281,7 @@ def _gram_run(job, kind, exactly, storage, compute, with_z):
     m, rows, n, last, itemsize = words[0], words[2], words[3], words[4], _itemsize(storage)
     table, pieces = carray(_at(words[1]), (rows,), np.int64), carray(_at(words[5]), (words[6], 2), np.int64)
     sums = carray(_at(words[8]), (words[6], words[9]), np.float64)
-    work = _work(kind, compute, rows + m)
+    work = _work(kind, compute, rows)
     scratch = (address(work) + 63) & ~63
     stack = np.empty((_digits(last) + 1, sums.shape[1]))
     padded = np.empty(0, np.uint8)
@@ -373,7 +373,7 @@ def _lanes_compiled(compute):
 
 
 def _work(kind, compute, rows):
-    """Scratch of one block; rows of a tile beyond those centred into it are read, and must not be NaN by chance."""
+    """Scratch of one block: whole tiles of the rows, and two means."""
 
 
 @overload(_work, prefer_literal=True)
@@ -382,7 +382,7 @@ def _work_compiled(kind, compute, rows):
     straight = 64 + (STRAIGHT + 2) * STRIP * 8 + (len(_pairs(STRAIGHT, True)) + 1) * VECTOR_BYTES
     if kind.literal_value == "straight":
         return lambda kind, compute, rows: np.empty(straight, np.uint8)
-    return lambda kind, compute, rows: np.zeros(64 + (rows + 2 * TILE) * row, np.uint8)
+    return lambda kind, compute, rows: np.empty(64 + (rows + 2 * TILE) * row, np.uint8)
 
 
 def _row_bytes(compute: str) -> int:

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 # many have come, whether one failed, and the kernel's own words.
 _BUSY, _NUMBER, _ACTIVE, _PASS, _WORDS = 0, 16, 32, 48, 80
 _KERNEL, _WANTED, _COME, _FAILED, _JOB = range(_PASS, _PASS + 5)
-_LOOKS = 1 << 20  # at the number before a helper sleeps, some 50 µs; as often a caller looks before it yields its core
+_LOOKS = 1 << 20  # at the number before a helper sleeps, some 0.3 ms; as often a caller looks before it yields its core
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("fastnewton_thread_limit", default=None)
 

@@ -201,6 +201,21 @@ def test_gradients_whose_products_overflow_are_multiplied_in_float64(rng, m, non
     assert np.linalg.norm(theta - expected.theta_new) <= bound
 
 
+@pytest.mark.parametrize("factor", [1e-25, 3e-23, 1e-21])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("nonfinite", ["raise", "drop"])
+def test_gradients_whose_products_underflow_are_multiplied_in_float64(rng, factor, dtype, nonfinite):
+    thetas, grads = workers(rng, 5, 400, DTYPES[dtype])
+    grads = (grads.astype(np.float64) * factor).astype(DTYPES[dtype])
+    theta, info = fn.step(thetas, grads, lr=0.5, cutoff=0.3, nonfinite=nonfinite)
+    exact = [each.astype(np.float64) for each in (thetas, grads)]
+    expected, precise = fn.step(*exact, lr=0.5, cutoff=0.3)
+    assert info.rank == precise.rank
+    np.testing.assert_allclose(info.coefficients, precise.coefficients, rtol=1e-9)  # only sums in another order
+    # Rounding of a stored value, and of sums in float32.
+    np.testing.assert_allclose(theta.astype(np.float64), expected, atol=8 * reference.eps_of(DTYPES[dtype]) * 8)
+
+
 def test_thetas_whose_products_overflow_do_not_spoil_the_curvature_cap(rng):
     thetas, grads = ill_conditioned(rng, 3, N, [1, 0.5], 0.5, np.float32)
     thetas *= np.float32(1e20)

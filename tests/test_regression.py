@@ -79,6 +79,11 @@ def test_a_broken_invariant_counts_at_once(asked):
     assert names == [[]]
 
 
+def test_a_benchmark_that_is_gone_fails(asked):
+    asked(1.0)
+    assert [one.failed for one in regression.guard(BASELINE, {"gone": {}})] == [False, False, True]
+
+
 def test_a_baseline_is_that_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(kept, "FOLDER", tmp_path)
     monkeypatch.setattr(regression, "INVARIANTS", tmp_path / "invariants.json")

@@ -255,8 +255,11 @@ class DistNewton:
             info = self._decide(workers, lengths, products, like, problem)
             if info.status == GO or options.nonfinite == "propagate":
                 finish(info, sums)
-            if options.is_unchecked or info.is_sound:
+            if options.is_unchecked or info.is_sound_from(options.least_square(products, workers.size, like.n)):
                 return info
+            if info.is_sound:
+                products = "float64"
+                continue
             if bad := exchange.nonfinite_workers(workers, like):
                 return info if options.nonfinite == "propagate" else self._without(bad, workers, lengths, target, like)
             if (products if info.status != GO else sums) == "float64":
