@@ -319,7 +319,7 @@ def newtons(draw, sizes, dtypes):
 
     shape = draw(shapes(sizes, dtypes))._replace(n=draw(st.integers(8, 60)))
     table = options("lr", "cutoff", "max_rank", "lr_rest", "lr_cap", "nonfinite", "safeguards", "exchange")
-    no_comm = refused(TypeError, None, 0, "world", MPI) | refused(ValueError, MPI.COMM_NULL)
+    no_comm = refused(TypeError, None, 0, "world", MPI, MPI.COMM_NULL) | refused(ValueError, MPI.Intracomm())
     arguments = spoilt_once(draw, table | {"comm": (good(st.just(MPI.COMM_SELF)), no_comm)})
     table = {
         **vectors(shape),
