@@ -56,7 +56,7 @@ EXCHANGE = """\
 The sharded and the allgather exchange of DistNewton over 2, 4 and 8 MPI ranks on this machine, n from 2^14 to 2^24,
 beside the all-reduce of the gradient: time, bytes sent, memory per rank.  Then a model of latency and bandwidth,
 fitted to every other n and checked on the rest, and what it says of clusters: m to 256, n to 10^11.  About 4
-minutes; with --quick less than 1.
+minutes; with --quick less than 1, and without the model.
 """
 FIGURE1 = """\
 The paper's experiment: a 5-layer convnet of about 16,000 parameters on MNIST and CIFAR-10, global batch 256, over 1,
@@ -92,7 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
     options.command = " ".join(["python -m bench", *(sys.argv[1:] if arguments is None else arguments)])
     options.out.mkdir(parents=True, exist_ok=True)
     machine()  # looks at the load before this program makes some
-    options.run(options, Console(width=None if sys.stdout.isatty() else 110))
+    try:
+        options.run(options, Console(width=None if sys.stdout.isatty() else 160))
+    except FileNotFoundError as error:  # of a data set
+        raise SystemExit(f"{error}; --data PATH or FASTNEWTON_DATA tells where the files are") from error
 
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
@@ -125,7 +128,7 @@ def run_exchange(options: argparse.Namespace, console: Console) -> None:
     with _progress(console, len(exchange.RANKS) * len(exchange.lengths(largest))) as (say, advance):
         say("MPI ranks")
         rows = exchange.measure(largest, options.rounds or (5 if options.quick else 15), advance)
-    model = dataclasses.asdict(network.measured(rows))
+    model = None if options.quick else dataclasses.asdict(network.measured(rows))  # short vectors tell no bandwidth
     _finish(options, console, "exchange", {"exchange": rows, "model": model})
 
 
@@ -239,7 +242,10 @@ def _training(found: dict, folder: Path) -> list[page.Part]:
 
 
 def _exchange(found: dict, folder: Path) -> list[page.Part]:
-    rows, here = found["exchange"], network.Network(**found["model"])
+    rows = found["exchange"]
+    if found["model"] is None:
+        return [exchange.table(rows)]
+    here = network.Network(**found["model"])
     picture = report.Picture("The exchanges against n", plots.exchanges(rows, here, folder))
     return [exchange.table(rows), network.check(here, rows), picture, network.predictions()]
 
@@ -374,7 +380,7 @@ def _progress(console: Console, total: int) -> Iterator[tuple[Callable[[str], No
 def _parser() -> argparse.ArgumentParser:
     """Options may stand before or after the sub-command; what is not given is taken from DEFAULTS."""
     parser = _parser_for(argparse.ArgumentParser, "python -m bench", DESCRIPTION)
-    commands = parser.add_subparsers(title="sub-commands", metavar="")
+    commands = parser.add_subparsers(title="sub-commands", metavar="COMMAND")
     _add_timing(parser)
     _add_training(parser)
     for name, run, said, text, *additions in (
@@ -402,7 +408,7 @@ def _parser_for(make: Callable[..., argparse.ArgumentParser], name: str, text: s
 
 
 def _add_timing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="smaller arrays and fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="a shorter run")
 
 
 def _add_peers(parser: argparse.ArgumentParser) -> None:

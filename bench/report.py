@@ -87,7 +87,7 @@ def machine(found: dict, rows: list[dict]) -> Table:
     title = f"What this machine can do: {found['cpu']}, {found['cores']} cores"
     note = "Measured in turn with the steps below."
     if found["load"] > 0.5:
-        note += f" Other programs kept the machine busy (load {found['load']:.1f}): figures are too bad."
+        note += f" Other programs kept the machine busy (load {found['load']:.1f}): figures are pessimistic."
     return Table(title, ("ceiling", "median", "range"), lines, note)
 
 
@@ -125,7 +125,7 @@ def losses(rows: list[dict]) -> Words:
         for row in compared
         if row["ratios"]["best peer"] < 1.1
     ]
-    none = f"At none of the {len(compared)} shapes with a peer is one as fast." if compared else "No peer was timed."
+    none = f"Nowhere: the step is the fastest at all {len(compared)} shapes." if compared else "No peer was timed."
     return Words("Where we lose", said or [none])
 
 

@@ -1,5 +1,13 @@
-"""`python -m fastnewton` prints the configuration."""
+"""`python -m fastnewton` prints the configuration, under a launcher with what MPI says once it is initialised."""
+
+import contextlib
+import importlib
+import os
 
 from fastnewton.config import show_config
+from fastnewton.launch import is_one_of_several
 
+if is_one_of_several(os.environ):
+    with contextlib.suppress(ImportError):
+        importlib.import_module("mpi4py.MPI")
 show_config()

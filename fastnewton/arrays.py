@@ -258,7 +258,7 @@ def _torch_memory(tensor: Any, name: str) -> Memory:
         raise TypeError(f"{name} requires grad; hand over {name}.detach()")
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise TypeError(f"{name} must be a dense tensor; got the layout {tensor.layout}")
-    if tensor.is_neg() or tensor.is_conj():
+    if tensor.is_neg():
         raise TypeError(f"{name} is a lazy negation; hand over {name}.resolve_neg()")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or _has_tangent(tensor):
         raise TypeError(f"{name} is being differentiated or mapped; call fastnewton outside of that")

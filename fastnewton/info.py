@@ -107,9 +107,14 @@ class StepInfo:
     def __repr__(self) -> str:
         return (
             f"StepInfo(rank={self.rank}, lr={self.lr:.6g}, captured={self.captured:.6g}, "
-            f"singular_values={self.singular_values}, coefficients={self.coefficients}, reason={self.reason!r}, "
+            f"singular_values={_shown(self.singular_values)}, coefficients={_shown(self.coefficients)}, "
+            f"reason={self.reason!r}, "
             f"dropped={self.dropped})"
         )
+
+
+def _shown(numbers: np.ndarray) -> str:
+    return np.array2string(numbers, threshold=16)
 
 
 def recorded(

@@ -5,6 +5,11 @@ from collections.abc import Mapping
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS")
 
 
+def is_one_of_several(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started several processes, as far as it tells."""
+    return foreign_launcher(environment, None) is not None
+
+
 def foreign_launcher(environment: Mapping[str, str], size: int | None) -> str | None:
     """What to tell a user whose launcher started several processes of which MPI sees one; None if all is well."""
     if size not in (None, 1):

@@ -47,8 +47,8 @@ class NonFiniteError(ArithmeticError):
     @classmethod
     def of(cls, workers: list[int]) -> "NonFiniteError":
         """The error that names these workers."""
-        names = ", ".join(map(str, workers))
-        return cls(f"the parameters or gradients of worker {names} are not finite", tuple(workers))
+        names = f"worker{'s' * (len(workers) > 1)} {', '.join(map(str, workers))}"
+        return cls(f"the parameters or gradients of {names} are not finite", tuple(workers))
 
     @classmethod
     def overflow(cls) -> "NonFiniteError":

@@ -43,6 +43,8 @@ def chosen_threads() -> int | None:
         text = os.environ.get(name, "")
         if text.isdigit() and int(text) > 0:
             return int(text)
+        if text:
+            raise ValueError(f"{name} must be a positive integer; got {text!r}")
     return None
 
 

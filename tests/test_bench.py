@@ -474,7 +474,7 @@ def test_the_shapes_where_a_peer_is_as_fast_are_said():
 
     (said,) = report.losses([row("small", 0.9), row("large", 1.2)]).paragraphs
     assert said == "small: P takes 0.90 of our time."
-    assert report.losses([row("large", 1.2)]).paragraphs == ["At none of the 1 shapes with a peer is one as fast."]
+    assert report.losses([row("large", 1.2)]).paragraphs == ["Nowhere: the step is the fastest at all 1 shapes."]
 
 
 def test_every_shape_of_the_table_is_as_large_as_it_says():
