@@ -110,7 +110,7 @@ def steps(rows: list[dict]) -> Table:
     note = (
         "Medians of interleaved rounds, each in another order; the spread is the distance of the quartiles. GB/s: the "
         "bytes that a step must move over the time. Peak: MB beside the arrays handed in, during one call. Every "
-        "result was checked against float64 first."
+        "result was checked against float64 first. The roofline is that of memory: arrays in the cache may be faster."
     )
     note += f" Not timed: {'; '.join(sorted(left_out))}." if left_out else ""
     columns = ("shape", "", "ms", "spread", "GB/s", "of roofline", "time /ours", "peak MB")
