@@ -44,7 +44,7 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
     """A step with products and sums in those types; unless NaN is to propagate, only a finite K is acted upon."""
     if options.safeguards is not None:
         raw = cpu.joint_gram(thetas, grads)
-    elif thetas.m <= small.COMPILED_LIMIT and options.lr_cap != "curvature":
+    elif thetas.m <= small.SHORT_LIMIT and options.lr_cap != "curvature":
         return _compiled_attempt(thetas, grads, lr, options, out, products, sums)
     else:
         raw = cpu.gram(grads, None, thetas if options.lr_cap == "curvature" else None, compute=products)

@@ -917,7 +917,7 @@ def _store_rounded(typingctx, storage, compute, target, work, steps, out):
 
 
 def step(thetas, grads, out, record, settings, *, eps: float, products: str, sums: str, guarded: bool) -> None:
-    """A step of up to `spectrum.COMPILED_LIMIT` workers and its record; guarded, only a finite K is acted upon.
+    """A step of up to `spectrum.SHORT_LIMIT` workers and its record; guarded, only a finite K is acted upon.
 
     settings are those of `spectrum.decide`; products and sums are the types in which gram and combine compute.
     """

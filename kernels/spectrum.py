@@ -7,7 +7,8 @@ from fastnewton.kernels.compile import FLOAT, INT, entry, jit
 from fastnewton.kernels.record import CAPTURED, GO, HEADER, LR, LR_REST, NOT_FINITE, RANK, STATUS
 from numba import types
 
-COMPILED_LIMIT = 32  # workers; up to here the method below takes less time than LAPACK and NumPy's way there
+COMPILED_LIMIT = 128  # workers; LAPACK is faster from 64 on, but its threads then spin on where helpers should run
+SHORT_LIMIT = 32  # up to here it is over before helpers sleep, so that a step can be one call
 _MOST_STEPS = 60  # for one eigenvalue; two or three are usual
 
 _VECTOR, _MATRIX = (types.Array(types.float64, ndim, "A") for ndim in (1, 2))

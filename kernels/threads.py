@@ -99,28 +99,36 @@ class Team:
 
 class _Helper:
     def __init__(self, words: np.ndarray):
-        self._words, self.asleep, self._ended = words, False, False
+        self._words, self._looking = words, np.zeros(1, np.int64)
+        self._called = self._ended = False
         self._call = threading.Lock()
         self._call.acquire()
-        self._help = entry(_help, INTS, INT)
+        self._help = entry(_help, INTS, INTS, INT)
         self._thread = threading.Thread(target=self._serve, name="fastnewton", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
         seen = 0
         while not self._ended:
-            seen = self._help(self._words, seen)
-            self.asleep = True
+            seen = self._help(self._words, self._looking, seen)
             self._call.acquire()
+            self._called = False
+
+    @property
+    def asleep(self) -> bool:
+        # Said by compiled code: a helper that has stopped looking may wait long for the GIL before it can say so.
+        return self._looking[0] == 0
 
     def wake(self) -> None:
-        if self.asleep:
-            self.asleep = False
+        if self.asleep and not self._called:
+            self._called = True
             self._call.release()
 
     def end(self) -> None:
         self._ended = True
-        self.wake()
+        if not self._called:
+            self._called = True
+            self._call.release()
         self._thread.join(timeout=1)
 
 
@@ -167,15 +175,22 @@ def shared(words, kernel, helpers, job):
     return failed == 0
 
 
+_yield_core = types.ExternalFunction("sched_yield", types.intc())
+
+
 @jit
-def _help(words, seen):
+def _help(words, looking, seen):
     """Take part in passes until none has come for a while; the number of the last one."""
     number, active = address(words) + 8 * _NUMBER, address(words) + 8 * _ACTIVE
+    exchange(address(looking), 1)
     looks = 0
     while looks < _LOOKS:
         looks += 1
         now = read(number)
         if now & 1 == 0 or now == seen:
+            if now & 1 and looks == _LOOKS:  # others are not done with that pass, and the next one may follow at once
+                _yield_core()
+                looks = 0
             continue
         # A caller that closes the pass after this waits, and one that has closed it before is seen to have.
         add(active, 1)
@@ -185,10 +200,8 @@ def _help(words, seen):
             looks = 0
         add(active, -1)
         seen = now
+    exchange(address(looking), 0)
     return seen
-
-
-_yield_core = types.ExternalFunction("sched_yield", types.intc())
 
 
 @jit
