@@ -55,8 +55,9 @@ def entry(function: Callable, *arguments: types.Type) -> Callable:
 
 def kernel(function: Callable, *literals: str | int) -> int:
     """The address of the machine code of `function(job, *literals)`, for `threads.shared` to call."""
-    found = _compiled(function, (INT, *map(types.literal, literals)))
-    return found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+    with _in_process:  # LLVM's own lock must not be held when another thread forks
+        found = _compiled(function, (INT, *map(types.literal, literals)))
+        return found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
 
 
 def _compiled(function: Callable, signature: tuple[types.Type, ...]) -> Any:
