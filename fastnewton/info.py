@@ -87,9 +87,9 @@ class StepInfo:
         return self.is_sound_from(0.0)
 
     def is_sound_from(self, least: float) -> bool:
-        """Whether K and θ_new are finite, and σ_1² is at least that."""
+        """Whether K and θ_new are finite, and σ_1² is not below that; NaN, after a fall back, is not."""
         record = self.read()
-        return record[STATUS] == GO and record[RESULT] == 0 and record[HEADER] ** 2 >= least
+        return record[STATUS] == GO and record[RESULT] == 0 and not record[HEADER] ** 2 < least
 
     def fallen_back(self, reason: int) -> "StepInfo":
         """The averaged SGD in place of this step, for that reason."""
