@@ -94,8 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     machine()  # looks at the load before this program makes some
     try:
         options.run(options, Console(width=None if sys.stdout.isatty() else 160))
-    except FileNotFoundError as error:  # of a data set
-        raise SystemExit(f"{error}; --data PATH or FASTNEWTON_DATA tells where the files are") from error
+    except problems.MissingData as error:
+        raise SystemExit(str(error)) from error
 
 
 def run_all(options: argparse.Namespace, console: Console) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench.ceilings import available_cores
-from bench.problems import training_set
+from bench.problems import training_files
 from bench.train import run_ranks
 
 BATCH = 256
@@ -135,7 +135,7 @@ def plan(scale: Scale, tuned: dict[str, float]) -> list[Run]:
 def execute(runs: list[Run], folder: Path, data: str, command: str, after: Callable[[], None]) -> None:
     """Train, all runs of as many workers in one MPI job; with few workers several groups of ranks side by side."""
     for name in {run.data for run in runs}:
-        training_set(name, data)  # what is missing is told before ranks start
+        training_files(name, data)  # what is missing is told before ranks start
     for workers, some in itertools.groupby(sorted(runs, key=lambda run: run.workers), lambda run: run.workers):
         settings = {"runs": [asdict(run) for run in some], "folder": str(folder), "data": data, "command": command}
         ranks = workers * max(1, min(available_cores() // workers, len(settings["runs"])))

@@ -39,6 +39,10 @@ def digits(folder: str | Path | None = None, samples: int | None = None) -> Digi
     return Digits(found.name, found.images[:samples], found.labels[:samples])
 
 
+class MissingData(FileNotFoundError):
+    """A file of a data set that is not there."""
+
+
 def default_folder() -> str:
     """Where MNIST is looked for if only `--data` is said."""
     return os.environ.get("FASTNEWTON_DATA", "data")
@@ -62,21 +66,28 @@ def training_set(name: str, folder: str | Path) -> tuple[np.ndarray, np.ndarray]
 
     The files lie in this folder or its sub-folder of that name, gzipped or not.
     """
-    places = Path(folder), Path(folder) / name
+    files = training_files(name, folder)
     if name == "mnist":
-        kinds = ("images-idx3", "labels-idx1")
-        images, labels = (read_idx(_find(places, f"train-{kind}-ubyte")) for kind in kinds)
+        images, labels = map(read_idx, files)
         return images[:, None], labels
-    batches = [read_cifar(_find(places, f"data_batch_{k}.bin")) for k in range(1, 6)]
-    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    images, labels = (np.concatenate(parts) for parts in zip(*map(read_cifar, files), strict=True))
     return images, labels
+
+
+def training_files(name: str, folder: str | Path) -> list[Path]:
+    """What `training_set` reads; MissingData where there is not all of it."""
+    names = [f"data_batch_{k}.bin" for k in range(1, 6)]
+    if name == "mnist":
+        names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]
+    return [_find((Path(folder), Path(folder) / name), each) for each in names]
 
 
 def _find(places: tuple[Path, ...], name: str) -> Path:
     for path in (place / (name + suffix) for place in places for suffix in ("", ".gz")):
         if path.exists():
             return path
-    raise FileNotFoundError(f"no {name} or {name}.gz in {' or '.join(map(str, places))}")
+    where = " or ".join(map(str, places))
+    raise MissingData(f"no {name} or {name}.gz in {where}; --data PATH or FASTNEWTON_DATA tells where the files are")
 
 
 def _read(path: str | Path) -> bytes:

@@ -44,9 +44,14 @@ def measure(rounds: int) -> dict:
         for n in LENGTHS
         for name, convert in libraries.items()
     }
+    return {"parts": parts, "start": np.median(starts(), axis=0).tolist()}
+
+
+def starts() -> list[list[float]]:
+    """Seconds of importing NumPy and Numba, fastnewton, and of a first step, in STARTS processes with warm caches."""
     command = [sys.executable, "-c", START]
-    starts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(1 + STARTS)]
-    return {"parts": parts, "start": np.median([json.loads(start) for start in starts[1:]], axis=0).tolist()}
+    told = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(1 + STARTS)]
+    return [json.loads(each) for each in told[1:]]
 
 
 def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:

@@ -10,9 +10,6 @@ second of the all-reduce of the gradient.  DLPack and first call: in place of a 
 arrays, and the import of NumPy and Numba.
 """
 
-import json
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,23 +18,12 @@ import pytest
 from fastnewton.kernels.threads import set_thread_limit
 
 import fastnewton as fn
-from bench import exchange, peers, regression, roofline, train
+from bench import exchange, peers, regression, roofline, short, train
 from fastnewton import arrays
 
 SHORT, LONG = 1 << 14, 1 << 19
 FEW, MANY = (8, SHORT), (64, SHORT // 8)
 DLPACK = ("__dlpack__", "__dlpack_device__")
-FIRST_CALLS = 5
-FIRST_CALL = """
-import json, time
-start = time.perf_counter()
-import numpy, numba
-imported = time.perf_counter()
-import fastnewton as fn
-thetas, grads = numpy.random.default_rng(0).standard_normal((2, 8, 650), dtype=numpy.float32)
-fn.step(thetas, grads, lr=0.5)
-print(json.dumps([imported - start, time.perf_counter() - imported]))
-"""
 
 
 @pytest.fixture
@@ -135,8 +121,6 @@ def test_dlpack(benchmark, seconds):
 
 @pytest.mark.benchmark(group="first call, warm cache")
 def test_first_call(benchmark):
-    command, found = [sys.executable, "-c", FIRST_CALL], []
-    for _ in range(1 + FIRST_CALLS):  # the first one may compile
-        found.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    imports, calls = zip(*found[1:], strict=True)
-    regression.record(benchmark, calls, min(imports), {})
+    libraries, imports, steps = zip(*short.starts(), strict=True)
+    calls = [sum(each) for each in zip(imports, steps, strict=True)]
+    regression.record(benchmark, calls, min(libraries), {})

@@ -120,16 +120,18 @@ class _Helper:
         return self._looking[0] == 0
 
     def wake(self) -> None:
-        if self.asleep and not self._called:
-            self._called = True
-            self._call.release()
+        if self.asleep:
+            self._summon()
 
     def end(self) -> None:
         self._ended = True
+        self._summon()
+        self._thread.join(timeout=1)
+
+    def _summon(self) -> None:
         if not self._called:
             self._called = True
             self._call.release()
-        self._thread.join(timeout=1)
 
 
 def helpers_for(large: bool) -> int:
