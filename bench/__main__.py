@@ -61,14 +61,14 @@ minutes; with --quick less than 1, and without the model.
 FIGURE1 = """\
 The paper's experiment: a 5-layer convnet of about 16,000 parameters on MNIST and CIFAR-10, global batch 256, over 1,
 2, 4 and 8 MPI ranks: DistNewton beside SGD, momentum, local SGD and itself without Newton's part, and the paper's
-claims beside what was found.  Needs PyTorch.  About 40 minutes on 2 cores, with the first 8,192 and 4,864 images; a
-file for each run is written to OUT/figure1/.
+claims beside what was found.  Needs PyTorch.  An estimated 40 minutes on 2 cores, with the first 8,192 and 4,864
+images; a file for each run is written to OUT/figure1/.
 """
 REGIMES = """\
 Where the step wins: some hundred random settings on quadratics, logistic regression and a tanh network, exact and noisy
 gradients, beside tuned gradient descent, momentum and L-BFGS at equal numbers of gradients, per worker and in total;
-whether fn.diagnostics predicts it on families left out; recommended settings.  About 10 minutes on 2 cores; with
---quick less than 1.
+whether fn.diagnostics predicts it on families left out; recommended settings.  An estimated 10 minutes on 2
+cores; with --quick about 1.
 """
 SCALING = """\
 Is the step O(m³ + mn)?  gram, combine and spectrum over m = 2 ... 512 and n = 2^12 ... 2^26, what a rank of the sharded
