@@ -19,6 +19,7 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 MAX_WORKERS = 1024
 ALIGNMENT = 64  # JAX adopts memory without a copy only from this alignment on
+_PLAIN = {np.dtype(name): name for name in ("float32", "float64")}
 _CPU, _CUDA = 1, (2, 13)  # kDLCPU; kDLCUDA, kDLCUDAManaged
 
 _KINDS = "an array with __dlpack__ (NumPy, PyTorch, JAX, CuPy)"
@@ -133,6 +134,19 @@ def rows_of(stack: np.ndarray, dtype: str) -> Rows:
     """Rows of our own C-contiguous (m, n) memory that holds values of `dtype`."""
     table = stack.ctypes.data + stack.strides[0] * np.arange(len(stack), dtype=np.int64)
     return Rows(table, stack.shape[1], dtype, "numpy", stack)
+
+
+def plain_dtype(thetas: Any, grads: Any, out: Any) -> str | None:
+    """The dtype of NumPy arrays of float32 or float64 whose shapes go together, with an `out`, if any, that can be
+    written; None for anything else.  Strides are not looked at."""
+    if not (type(thetas) is type(grads) is np.ndarray and thetas.shape == grads.shape):
+        return None
+    dtype = grads.dtype
+    if thetas.dtype != dtype or grads.ndim != 2 or not grads.size:
+        return None
+    if out is not None and not (type(out) is np.ndarray and out.dtype == dtype and out.shape == grads.shape[1:]):
+        return None
+    return _PLAIN.get(dtype) if out is None or out.flags.writeable else None
 
 
 def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:

@@ -45,7 +45,10 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
     if options.safeguards is not None:
         raw = cpu.joint_gram(thetas, grads)
     elif thetas.m <= small.SHORT_LIMIT and options.lr_cap != "curvature":
-        return _compiled_attempt(thetas, grads, lr, options, out, products, sums)
+        record = np.empty(size_of(thetas.m))
+        settings = _settings(thetas.m, grads.dtype, lr, options)
+        cpu.step(thetas, grads, out, record, settings, products=products, sums=sums)
+        return StepInfo(record)
     else:
         raw = cpu.gram(grads, None, thetas if options.lr_cap == "curvature" else None, compute=products)
     info = eigen.decide(eigen.projected(raw, grads.dtype), lr, options)
@@ -54,16 +57,25 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
     return info
 
 
-def _compiled_attempt(
-    thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, products: str, sums: str
-) -> StepInfo:
-    record = np.empty(size_of(thetas.m))
-    rank = thetas.m if options.max_rank is None else options.max_rank
+def short_step(thetas: Any, grads: Any, lr: float, options: Any, out: Any) -> tuple[np.ndarray, StepInfo] | None:
+    """A step of few workers whose NumPy arrays are in order, and in which nothing comes up; None for any other."""
+    dtype = None if options.reads_thetas else arrays.plain_dtype(thetas, grads, out)
+    if dtype is None or len(thetas) > small.SHORT_LIMIT:
+        return None
+    m, n = thetas.shape
+    target = arrays.aligned(n, thetas.dtype) if out is None else out
+    compute, record = options.compute(dtype), np.empty(size_of(m))
+    settings = _settings(m, dtype, lr, options)
+    taken = cpu.step_of_arrays(thetas, grads, target, record, settings, dtype=dtype, compute=compute)
+    info = StepInfo(record)
+    return (target, info) if taken and options.accepts(info, compute, m, n) else None
+
+
+def _settings(m: int, dtype: str, lr: float, options: Any) -> tuple:
+    rank = m if options.max_rank is None else min(m, options.max_rank)
     rest = math.nan if options.lr_rest is None else options.lr_rest
-    settings = options.cutoff, min(rank, thetas.m), lr, rest, options.lr_cap == "sigma"
     guarded = options.nonfinite != "propagate"
-    cpu.step(thetas, grads, out, record, settings, eps=EPS[grads.dtype], products=products, sums=sums, guarded=guarded)
-    return StepInfo(record)
+    return EPS[dtype], options.cutoff, rank, lr, rest, options.lr_cap == "sigma", guarded
 
 
 def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str) -> None:

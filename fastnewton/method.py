@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton import arrays
+from fastnewton import arrays, host
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.eigen import Gram, Spectrum
@@ -92,10 +92,11 @@ class Options:
         """The σ_1² below which products of gradients in that type may have been rounded to zero."""
         return n * SMALL_SQUARE if products == "float32" and m > 1 and self.safeguards is None else 0.0
 
-    @property
-    def is_unchecked(self) -> bool:
-        """Whether a step counts as it is, finite or not."""
-        return self.nonfinite == "propagate" and self.safeguards is None
+    def accepts(self, info: StepInfo, products: str, m: int, n: int) -> bool:
+        """Whether a step with products in that type counts as it is."""
+        if self.nonfinite == "propagate" and self.safeguards is None:
+            return True
+        return info.is_sound_from(self.least_square(products, m, n))
 
     def overflowed(self, info: StepInfo, finish: Callable[[StepInfo], None]) -> StepInfo:
         """What becomes of a step that is not finite though its input is: averaged SGD, or an error."""
@@ -192,6 +193,8 @@ def step(
     """
     lr = arrays.real(lr, "lr")
     options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
+    if (done := host.short_step(thetas, grads, lr, options, out)) is not None:
+        return done
     first, second = arrays.pair(thetas, grads)
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
@@ -348,27 +351,49 @@ def compute_type(dtype: str, precision: str | None) -> str:
 
 
 def step_rows(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
-    """The step on checked input, written to `out`; what overflows or underflows is repeated in float64."""
+    """The step on checked input, written to `out`."""
     side = backend(thetas)
-    products = sums = options.compute(grads.dtype)
+
+    def of_others(workers: np.ndarray) -> StepInfo:
+        return step_rows(thetas.only(workers), grads.only(workers), lr, options, out)
+
+    return settled(
+        options,
+        np.arange(thetas.m),
+        thetas,
+        lambda products, sums: side.attempt(thetas, grads, lr, options, out, products=products, sums=sums),
+        finish=lambda info: side.finish(thetas, grads, info, out, "float64"),
+        nonfinite_workers=lambda: side.nonfinite_workers(thetas, grads),
+        of_others=of_others,
+    )
+
+
+def settled(
+    options: Options,
+    workers: np.ndarray,
+    like: Rows,
+    attempt: Callable[[str, str], StepInfo],
+    *,
+    finish: Callable[[StepInfo], None],
+    nonfinite_workers: Callable[[], list[int]],
+    of_others: Callable[[np.ndarray], StepInfo],
+) -> StepInfo:
+    """The step of these workers that counts: attempts with products and sums in float64 where they overflow or
+    underflow in float32, a step of the others where some are not finite, averaged SGD or an error if nothing helps."""
+    products = sums = options.compute(like.dtype)
     while True:
-        info = side.attempt(thetas, grads, lr, options, out, products=products, sums=sums)
-        if options.is_unchecked or info.is_sound_from(options.least_square(products, thetas.m, thetas.n)):
+        info = attempt(products, sums)
+        if options.accepts(info, products, workers.size, like.n):
             return info
         if info.is_sound:
             products = "float64"
             continue
-        if workers := side.nonfinite_workers(thetas, grads):
-            return info if options.nonfinite == "propagate" else _without(workers, thetas, grads, lr, options, out)
+        if bad := nonfinite_workers():
+            if options.nonfinite == "propagate":
+                return info
+            if options.nonfinite == "raise" or len(bad) == workers.size:
+                raise NonFiniteError.of(bad)
+            return dataclasses.replace(of_others(np.setdiff1d(workers, bad)), dropped=tuple(bad))
         if (products if info.status != GO else sums) == "float64":
-            return options.overflowed(info, lambda last: side.finish(thetas, grads, last, out, "float64"))
+            return options.overflowed(info, finish)
         products, sums = ("float64", sums) if info.status != GO else (products, "float64")
-
-
-def _without(workers: list[int], thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
-    """The step of the other workers, or the error that names these."""
-    if options.nonfinite == "raise" or len(workers) == thetas.m:
-        raise NonFiniteError.of(workers)
-    healthy = np.setdiff1d(np.arange(thetas.m), workers)
-    info = step_rows(thetas.only(healthy), grads.only(healthy), lr, options, out)
-    return dataclasses.replace(info, dropped=tuple(workers))

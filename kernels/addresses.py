@@ -20,11 +20,11 @@ def _address(array):
 
 
 @jit
-def _overlap(begin, end, table, length):
+def overlaps(begin, end, table, length):
     for row in table:
         if row < end and begin < row + length:
             return 1
     return 0
 
 
-overlap = entry(_overlap, INT, INT, INTS, INT)
+overlap = entry(overlaps, INT, INT, INTS, INT)

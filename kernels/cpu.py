@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from fastnewton.kernels import spectrum, threads, tree
+from fastnewton.kernels.addresses import overlaps
 from fastnewton.kernels.compile import FLOAT, FLOATS, FLOATS_2D, INT, INTS, INTS_2D, entry, jit, kernel
 from fastnewton.kernels.record import GO, HEADER, LR, LR_REST, RESULT, STATUS
 from fastnewton.kernels.simd import ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
@@ -916,23 +917,39 @@ def _store_rounded(typingctx, storage, compute, target, work, steps, out):
 # gram, spectrum and combine one after the other without a return to Python: for short vectors that is most of the time.
 
 
-def step(thetas, grads, out, record, settings, *, eps: float, products: str, sums: str, guarded: bool) -> None:
-    """A step of up to `spectrum.SHORT_LIMIT` workers and its record; guarded, only a finite K is acted upon.
+def step(thetas, grads, out, record, settings, *, products: str, sums: str) -> None:
+    """A step of up to `spectrum.SHORT_LIMIT` workers and its record.
 
-    settings are those of `spectrum.decide`; products and sums are the types in which gram and combine compute.
+    settings are eps and those of `spectrum.decide`, and whether only a finite K is acted upon; products and sums are
+    the types in which gram and combine compute.
     """
     m, n, itemsize = thetas.m, thetas.n, thetas.itemsize
-    codes = _gram_kernel(m, grads.dtype, products, False), _combine_kernel(m, thetas.dtype, sums, "mean")
     helpers = threads.helpers_for(m * n * itemsize >= THREADED_BYTES)
-    places = _pieces(0, blocks(n), blocks(n), helpers, _gram_size(m, False))
-    given = thetas.table, grads.table, out.table, n, itemsize, places, _positions(m, False), _gram_size(m, False)
-    if not _run_step(threads.team.words, helpers, *codes, *given, eps, *settings, guarded, record):
+    given = *_plan(m, n, grads.dtype, products, sums, helpers), thetas.table, grads.table, out.table, n, itemsize
+    if not _run_step(threads.team.words, helpers, *given, *settings, record):
         raise MemoryError("no memory for the scratch of a kernel")
+
+
+def step_of_arrays(thetas, grads, out, record, settings, *, dtype: str, compute: str) -> bool:
+    """As `step`, for NumPy arrays of float32 or float64 with n > 0; false unless compiled code has found them in
+    order, and has taken the step."""
+    m, n = thetas.shape
+    helpers = threads.helpers_for(thetas.nbytes >= THREADED_BYTES)
+    given = *_plan(m, n, dtype, compute, compute, helpers), thetas, grads, out
+    return bool(_step_entry(dtype)(threads.team.words, helpers, *given, *settings, record))
+
+
+@lru_cache(maxsize=256)
+def _plan(m: int, n: int, dtype: str, products: str, sums: str, helpers: int):
+    """The kernels of a step, its pieces of work, and what is in their parts."""
+    codes = _gram_kernel(m, dtype, products, False), _combine_kernel(m, dtype, sums, "mean")
+    size = _gram_size(m, False)
+    return *codes, _pieces(0, blocks(n), blocks(n), helpers, size), _positions(m, False), size
 
 
 @jit
 def _step_on_threads(
-    team, helpers, gram_code, combine_code, thetas, grads, out, n, itemsize, places, positions, size,
+    team, helpers, gram_code, combine_code, places, positions, size, thetas, grads, out, n, itemsize,
     eps, cutoff, largest_rank, lr, lr_rest, sigma_cap, guarded, record,
 ):  # fmt: skip
     m = thetas.size
@@ -955,10 +972,43 @@ def _step_on_threads(
     return verdict >= 0
 
 
-_run_step = entry(
-    _step_on_threads, INTS, INT, INT, INT, INTS, INTS, INTS, INT, INT, INTS_2D, INTS_2D, INT,
-    FLOAT, FLOAT, INT, FLOAT, FLOAT, INT, INT, FLOATS,
-)  # fmt: skip
+@jit
+def _step_on_arrays(
+    team, helpers, gram_code, combine_code, places, positions, size, thetas, grads, out,
+    eps, cutoff, largest_rank, lr, lr_rest, sigma_cap, guarded, record,
+):  # fmt: skip
+    m, n, itemsize = thetas.shape[0], thetas.shape[1], thetas.itemsize
+    first, second, target = np.empty(m, np.int64), np.empty(m, np.int64), np.full(1, address(out))
+    if not _tabled(thetas, first) or not _tabled(grads, second) or out.strides[0] != itemsize or target[0] % itemsize:
+        return False
+    end = target[0] + n * itemsize
+    if overlaps(target[0], end, first, n * itemsize) or overlaps(target[0], end, second, n * itemsize):
+        return False
+    return _step_on_threads(
+        team, helpers, gram_code, combine_code, places, positions, size, first, second, target, n, itemsize,
+        eps, cutoff, largest_rank, lr, lr_rest, sigma_cap, guarded, record,
+    )  # fmt: skip
+
+
+@jit
+def _tabled(rows, table):
+    """Fill in the addresses of rows; false if their strides or their alignment are not what `arrays` asks for."""
+    for k in range(table.size):
+        table[k] = address(rows) + k * rows.strides[0]
+    if rows.strides[1] != rows.itemsize or rows.strides[0] < rows.shape[1] * rows.itemsize:
+        return False
+    return (rows.strides[0] | address(rows)) % rows.itemsize == 0
+
+
+_PLAN = INT, INT, INTS_2D, INTS_2D, INT
+_SETTINGS = FLOAT, FLOAT, INT, FLOAT, FLOAT, INT, INT
+_run_step = entry(_step_on_threads, INTS, INT, *_PLAN, INTS, INTS, INTS, INT, INT, *_SETTINGS, FLOATS)
+
+
+@cache
+def _step_entry(dtype: str):
+    rows, row = (types.Array(types.float32 if dtype == "float32" else FLOAT, ndim, "A") for ndim in (2, 1))
+    return entry(_step_on_arrays, INTS, INT, *_PLAN, rows, rows, row, *_SETTINGS, FLOATS)
 
 
 def cache_folder() -> str:

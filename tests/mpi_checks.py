@@ -769,11 +769,11 @@ def check_arrays_on_a_device(comm):
                 for out in (None, simulated.there(np.zeros(n, dtype)), theta):
                     new, info = newton.step(theta, grad, out=out)
                     expected, wanted = fn.step(thetas, grads, lr=0.5, **options)
-                    # The arithmetic is that of the other side, in another order, which counts as much as the kept
-                    # directions are conditioned; results are stored in this dtype.
+                    # The arithmetic is that of the other side, in another order: K is off by eps·σ_1², which counts
+                    # for (σ_1/σ_j)² in the smallest direction kept; results are stored in this dtype.
                     kept = wanted.singular_values[: wanted.rank]
                     scale = np.abs(expected.astype(np.float64)).max(initial=0) * (
-                        kept[0] / kept[-1] if len(kept) else 1
+                        (kept[0] / kept[-1]) ** 2 if len(kept) else 1
                     )
                     error = np.abs(new.host.astype(np.float64) - expected.astype(np.float64)).max(initial=0)
                     expect(

@@ -5,16 +5,19 @@ from unittest import mock
 
 from fastnewton.kernels import cpu
 
+from fastnewton.arrays import rows, single
+
 
 @contextlib.contextmanager
 def reads():
     """The addresses of rows, by argument, that the kernels are first given for it inside the block."""
-    seen, gram, joint_gram, combine, step = {}, cpu.gram, cpu.joint_gram, cpu.combine, cpu.step
+    seen, gram, joint_gram, combine = {}, cpu.gram, cpu.joint_gram, cpu.combine
+    step, step_of_arrays = cpu.step, cpu.step_of_arrays
 
     def note(**arguments):
-        for name, rows in arguments.items():
-            if rows is not None:
-                seen.setdefault(name, tuple(rows.table.tolist()))
+        for name, given in arguments.items():
+            if given is not None:
+                seen.setdefault(name, tuple(given.table.tolist()))
 
     def spied_gram(grads, z=None, thetas=None, **options):
         note(grads=grads, z=z, thetas=thetas)
@@ -32,6 +35,11 @@ def reads():
         note(thetas=thetas, grads=grads, out=out)
         return step(thetas, grads, out, *settings, **options)
 
+    def spied_step_of_arrays(thetas, grads, out, *settings, **options):
+        note(thetas=rows(thetas, "thetas"), grads=rows(grads, "grads"), out=single(out, "out"))
+        return step_of_arrays(thetas, grads, out, *settings, **options)
+
     spies = {"gram": spied_gram, "joint_gram": spied_joint_gram, "combine": spied_combine, "step": spied_step}
+    spies["step_of_arrays"] = spied_step_of_arrays
     with mock.patch.multiple(cpu, **spies):
         yield seen

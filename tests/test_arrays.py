@@ -79,7 +79,8 @@ def library(request):
 def addresses(monkeypatch):
     """The addresses that the kernels were given, by the name of what lies there."""
     seen = {}
-    gram, combine, step = kernels.cpu.gram, kernels.cpu.combine, kernels.cpu.step
+    gram, combine = kernels.cpu.gram, kernels.cpu.combine
+    step, step_of_arrays = kernels.cpu.step, kernels.cpu.step_of_arrays
 
     def spied_gram(grads, z=None, thetas=None, **options):
         seen["gram"] = [int(a) for a in grads.table]
@@ -95,8 +96,14 @@ def addresses(monkeypatch):
         seen["out"], seen["z"] = int(out.table[0]), None if z is None else int(z.table[0])
         return combine(thetas, grads, coefficients, out=out, z=z, **options)
 
+    def spied_step_of_arrays(thetas, grads, out, *arguments, **options):
+        seen.update({name: [a.ctypes.data for a in rows] for name, rows in (("thetas", thetas), ("grads", grads))})
+        seen["gram"], seen["out"] = seen["grads"], out.ctypes.data
+        return step_of_arrays(thetas, grads, out, *arguments, **options)
+
     monkeypatch.setattr(kernels.cpu, "gram", spied_gram)
     monkeypatch.setattr(kernels.cpu, "step", spied_step)
+    monkeypatch.setattr(kernels.cpu, "step_of_arrays", spied_step_of_arrays)
     monkeypatch.setattr(kernels.cpu, "combine", spied_combine)
     return seen
 

@@ -208,6 +208,20 @@ def test_equal_gradients_are_averaged_sgd(rng, dtype, m):
     assert (error <= 4 * reference.eps_of(DTYPES[dtype]) * scale).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("m", [1, 2, 8, 17, 32])
+@pytest.mark.parametrize("options", [{}, {"lr_cap": "sigma", "lr_rest": 0.25}, {"max_rank": 1, "cutoff": 1e-4}])
+def test_arrays_and_sequences_give_the_same_bits(rng, dtype, m, options):
+    """Compiled code looks at NumPy's arrays itself, and at nothing else."""
+    thetas, grads = rng.standard_normal((2, m, 1403)).astype(dtype)
+    wide = np.zeros((2 * m, 1500), dtype)
+    wide[::2, 3:1406] = grads
+    theta, info = fn.step(thetas, wide[::2, 3:1406], lr=0.5, **options)
+    expected, wanted = fn.step(list(thetas), list(grads), lr=0.5, **options)
+    assert theta.tobytes() == expected.tobytes()
+    assert info.read().tobytes() == wanted.read().tobytes()
+
+
 # -- quadratics and convergence ------------------------------------------------------------------------------
 
 

@@ -139,6 +139,7 @@ def test_a_kernel_that_raises_is_an_error_of_the_caller(arrays, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(cpu, "_combine_kernel", lambda *arguments: kernel(broken))
+    monkeypatch.setattr(cpu, "_plan", cpu._plan.__wrapped__)
     with pytest.raises(MemoryError, match="scratch"):
         fn.step(*arrays, lr=0.5)
 
@@ -215,3 +216,12 @@ def test_apply_inverse_propagates_nan(rng, m, place):
     given = dict(zip(("thetas", "grads"), rng.standard_normal((2, m, 50)), strict=True))
     given[place][0, 7] = np.nan
     assert np.isnan(fn.apply_inverse(**given, z=np.ones(50))[7])
+
+
+@pytest.mark.parametrize("name", ["FASTNEWTON_NUM_THREADS", "NUMBA_NUM_THREADS"])
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_a_thread_count_that_is_none_is_refused(monkeypatch, name, text):
+    monkeypatch.delenv("FASTNEWTON_NUM_THREADS", raising=False)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer; got '{text}'"):
+        fn.step(np.ones((2, 1 << 20), np.float32), np.ones((2, 1 << 20), np.float32), lr=1.0)

@@ -18,7 +18,7 @@ from fastnewton.info import StepInfo, size_of
 from fastnewton.kernels import threads
 from fastnewton.kernels.record import GO, STATUS
 from fastnewton.launch import foreign_launcher
-from fastnewton.method import NonFiniteError, Options
+from fastnewton.method import Options, settled
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
 from fastnewton.mpi.segments import Lengths, Segment
 from fastnewton.safeguards import Safeguards
@@ -244,27 +244,26 @@ class DistNewton:
             return target.finish(), info
 
     def _round(self, workers: np.ndarray, lengths: Lengths, target: Any, like: Rows, problem: Any) -> StepInfo:
-        """The step of these workers, as `fastnewton.method` takes it; collective."""
-        options, exchange = self._options, self._exchange
-        products = sums = options.compute(like.dtype)
+        """The step of these workers; collective."""
 
-        def finish(info: StepInfo, compute: str) -> None:
-            exchange.finish(workers, info, target.rows, compute, lengths)
+        def finish(info: StepInfo, compute: str = "float64") -> None:
+            self._exchange.finish(workers, info, target.rows, compute, lengths)
 
-        while True:
+        def attempt(products: str, sums: str) -> StepInfo:
             info = self._decide(workers, lengths, products, like, problem)
-            if info.status == GO or options.nonfinite == "propagate":
+            if info.status == GO or self._options.nonfinite == "propagate":
                 finish(info, sums)
-            if options.is_unchecked or info.is_sound_from(options.least_square(products, workers.size, like.n)):
-                return info
-            if info.is_sound:
-                products = "float64"
-                continue
-            if bad := exchange.nonfinite_workers(workers, like):
-                return info if options.nonfinite == "propagate" else self._without(bad, workers, lengths, target, like)
-            if (products if info.status != GO else sums) == "float64":
-                return options.overflowed(info, lambda last: finish(last, "float64"))
-            products, sums = ("float64", sums) if info.status != GO else (products, "float64")
+            return info
+
+        return settled(
+            self._options,
+            workers,
+            like,
+            attempt,
+            finish=finish,
+            nonfinite_workers=lambda: self._exchange.nonfinite_workers(workers, like),
+            of_others=lambda others: self._round(others, lengths, target, like, None),
+        )
 
     def _decide(
         self, workers: np.ndarray, lengths: Lengths, compute: str, like: Rows, problem: Exception | None
@@ -318,12 +317,6 @@ class DistNewton:
             return None, problem
         parts = np.concatenate([piece[1:] for piece in pieces]).reshape(-1, width)
         return (np.array([*itertools.chain(*places)], np.int64).reshape(-1, 2), parts), problem
-
-    def _without(self, bad: list[int], workers: np.ndarray, lengths: Lengths, target: Any, like: Rows) -> StepInfo:
-        if self._options.nonfinite == "raise" or len(bad) == workers.size:
-            raise NonFiniteError.of(bad)
-        info = self._round(np.setdiff1d(workers, bad), lengths, target, like, None)
-        return dataclasses.replace(info, dropped=tuple(bad))
 
 
 def _attempt(task: Callable[[], Any]) -> tuple[Any, Exception | None]:
