@@ -288,7 +288,8 @@ def check_server(use):
                 server.load_state_dict(server.state_dict() | {arguments["entry"].value: arguments["value"].value})
             assert state_of(server) == before
             continue
-        if name == "write" and use.arguments["mode"].value == "sync" and arguments["worker"].value in in_round:
+        again = name == "write" and not arguments["worker"].errors and arguments["worker"].value in in_round
+        if again and use.arguments["mode"].value == "sync":
             again = arguments["worker"]
             arguments["worker"] = again._replace(errors=again.errors | {ValueError})
         result, error = called(getattr(server, name), arguments)
