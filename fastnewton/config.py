@@ -68,7 +68,8 @@ def _cuda() -> str:
     runtime = cupy.cuda.runtime
     names = [runtime.getDeviceProperties(k)["name"].decode() for k in range(runtime.getDeviceCount())]
     compiler = ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
-    where = f"CUDA in {cupy.cuda.get_cuda_path()}, kernel cache in {cupy.cuda.compiler.get_cache_dir()}"
+    cache = os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache"))
+    where = f"CUDA in {cupy.cuda.get_cuda_path()}, kernel cache in {cache}"
     return f"{', '.join(names)}; runtime {runtime.runtimeGetVersion()}, NVRTC {compiler}; {where}"
 
 

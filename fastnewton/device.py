@@ -28,7 +28,9 @@ def context(*given: Rows) -> Iterator[None]:
     """Make the arrays' device and the stream that their library works on current, and keep them until it is done."""
     cupy, like = cuda.cupy(), given[0]
     number = int(like.device.removeprefix("cuda:"))
-    with cupy.cuda.Device(number), cupy.cuda.ExternalStream(like.stream, number) as stream:
+    current = cupy.cuda.get_current_stream(number)
+    own = current if current.ptr == like.stream else cupy.cuda.ExternalStream(like.stream, number)
+    with cupy.cuda.Device(number), own as stream:
         _in_use[:] = [entry for entry in _in_use if not entry[0].done]
         try:
             yield
@@ -199,7 +201,8 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
     if cupy.cuda.get_current_stream().is_capturing():
         cuda.keep(record)
     if not guarded:
-        return StepInfo(Record(record, grads._replace(owner=None)))
+        stream = cupy.cuda.get_current_stream()  # kept, since CuPy destroys a stream of its own that nobody holds
+        return StepInfo(Record(record, grads._replace(owner=stream)))
     info = StepInfo(record.get())
     if info.status == NOT_CONVERGED:
         return _decided_on_host(_on_host(found), thetas, grads, lr, options, out, sums)

@@ -6,6 +6,7 @@ digest of all sources is one of the options.
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -46,7 +47,10 @@ def cupy() -> ModuleType:
             "arrays on a CUDA device need CuPy; pip install 'fastnewton[cuda13]' (or [cuda12], as the driver supports)"
         ) from error
     if not cupy.cuda.is_available():
-        raise RuntimeError("CuPy finds no CUDA device; check that the driver is installed (nvidia-smi)")
+        raise RuntimeError(
+            "CuPy finds no CUDA device, or a driver that is too old for its CUDA; see nvidia-smi; for a driver "
+            "of CUDA 12 pip install 'fastnewton[cuda12]' in place of [cuda13]"
+        )
     return cupy
 
 
@@ -72,7 +76,7 @@ def options(**macros: Any) -> tuple[str, ...]:
 def _kernel(device: int, file: str, name: str, shared: int, given: tuple[str, ...]) -> Any:
     module = cupy().RawModule(code=(FOLDER / file).read_text(), options=given)
     kernel = module.get_function(name)
-    if shared > 48 << 10:
+    if shared:  # without being asked for, 48 KiB are the limit of this and the kernel's own arrays together
         kernel.max_dynamic_shared_size_bytes = shared
     return kernel
 
@@ -99,9 +103,10 @@ _workspaces: dict[tuple, Any] = {}
 
 
 def workspace(purpose: str, size: int) -> Any:
-    """Float64 memory that this stream keeps for a purpose: later work on it waits its turn, so it may be reused."""
+    """Float64 memory that this thread keeps for a purpose on a stream: later work there waits its turn, so that it may
+    be reused."""
     stream = cupy().cuda.get_current_stream()
-    key = (cupy().cuda.Device().id, stream.ptr, purpose, size)
+    key = (cupy().cuda.Device().id, stream.ptr, threading.get_ident(), purpose, size)
     if key not in _workspaces:
         _workspaces[key] = cupy().empty(size, np.float64)
     return _workspaces[key]
@@ -113,7 +118,7 @@ def keep(array: Any) -> None:
 
 
 def clear_caches() -> None:
-    """Release the memory that is kept on devices."""
+    """Release the memory that is kept on devices, which captured graphs write to: none may be replayed afterwards."""
     _workspaces.clear()
 
 
@@ -161,7 +166,7 @@ def sent(source: np.ndarray) -> Any:
 def _table(rows: Any) -> Any:
     """Addresses by value, or in device memory where there are too many."""
     if rows.m <= LIMIT:
-        return np.ascontiguousarray(rows.table, np.uint64)
+        return np.void(rows.table.astype(np.uint64).tobytes())  # CuPy takes no array of more than one item by value
     return cupy().asarray(rows.table.astype(np.uint64))
 
 
@@ -280,7 +285,10 @@ def _finish(
 
 
 def large_gram(rows: Any, z: Any, *, compute: str) -> Any:
-    """The sums of products of the centred rows, ḡ (and z) of any number of workers, on the device."""
+    """The sums of products of the centred rows, ḡ (and z) of any number of workers, on the device.
+
+    Through cuBLAS, which the tests replace by NumPy: this way has not been verified on hardware.
+    """
     height = rows.m + 1 + (z is not None)
     total = cupy().zeros((height, height), np.float64)
     for centred in _centred(rows, z, compute):

@@ -1,9 +1,10 @@
 // finite: which workers' vectors hold a NaN or an infinity; only after a step has failed.
 //
+// Formula      found_k = 1 if all of row k is finite, else 0.
 // Shapes       rows: m vectors of length n; found: (m,) int32, ones before the launch.
 // Traffic      reads m·n·itemsize bytes once.
 // Determinism  the only thing ever written is a zero.
-// Launch       a row of blocks for each worker.
+// Launch       a row of blocks for each worker, at most 1,024: more than a device holds at once, since it is not timed.
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

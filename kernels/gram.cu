@@ -1,8 +1,10 @@
 // gram: the sums over coordinates of products of centred rows.
 //
-// Formula      K_ij = Σ_c x_i(c)·x_j(c), b_i = Σ_c x_i(c)·z(c), Σ ḡ², Σ z², with x_i = g_i − ḡ and z = ḡ unless given.
+// Formula      gram: K_ij = Σ_c x_i(c)·x_j(c), b_i = Σ_c x_i(c)·z(c), Σ ḡ², Σ z², with x_i = g_i − ḡ and z = ḡ unless given;
+//              joint: all products of θ_i − θ̄, θ̄, g_i − ḡ and ḡ; centre: x_i, ḡ (and z) themselves, for a BLAS.
 // Shapes       rows: M vectors of length n; z: a vector of length n; parts: (products, gridDim.x) float64.
-// Traffic      reads M·n·itemsize bytes once (and z); writes a part for each block.
+// Traffic      reads M·n·itemsize bytes once (and z), joint 2M·n·itemsize; writes a part for each block.  centre reads M rows
+//              twice, the second time from the cache, and writes M + 1 (and z).
 // Rounding     the mean and the centred values stay in registers; a float32 sum takes at most RUN·GROUP = 256 terms,
 //              from there on sums are float64.
 // Determinism  block b takes the coordinates of groups b·THREADS …, then every gridDim.x-th such stretch; its threads'
@@ -16,8 +18,9 @@
 #endif
 
 #if KIND == STRAIGHT
-// Up to 16 workers: each thread holds all products of its coordinates in registers.
+// Few workers: each thread holds all products of its coordinates in registers.
 constexpr int RUN = 256 / GROUP;
+static_assert(RUN * GROUP <= 256, "terms of a float32 sum");
 constexpr int WARPS = THREADS / 32;
 constexpr int PRODUCTS = M * (M + 1) / 2 + M + 1 + WITH_Z;
 
@@ -105,6 +108,7 @@ constexpr int TURNS = (M + DOWN - 1) / DOWN;
 constexpr int TERMS = (COORDINATES / SIDE + SPLITS - 1) / SPLITS * SIDE;  // of one sum in one stretch
 constexpr int RUN = TERMS < 256 ? 256 / TERMS : 1;
 static_assert(PAIRS * SPLITS <= THREADS && COORDINATES <= 256, "launch shape");
+static_assert(RUN * TERMS <= 256, "terms of a float32 sum");
 
 struct alignas(16) Quad {
   Real x[SIDE];

@@ -5,6 +5,7 @@
 // spectrum    K = V diag(σ²) Vᵀ, j, c = V_j diag(σ_j⁻²) V_jᵀ b and τ; see fastnewton/eigen.py for the equations.
 // Shapes      parts: (products, blocks); matrix: (m, m); projection: (m,); scalars: zᵀz and 2·eps·‖ḡ‖; vectors: (m, m),
 //             column k is v_k.
+// Traffic     finish reads the parts once, 8·products·blocks bytes; spectrum a few (m, m) matrices, which stay in the cache.
 // Determinism parts are added in the order of their indices, a lane taking every 32nd; Jacobi's rotations in a fixed order.
 // Launch      one block: a warp does without barriers up to 32 workers.
 #include "common.cuh"

@@ -59,8 +59,9 @@ class Kernel(NamedTuple):
         return " ".join([self.file, self.name, *(f"{name}={value}" for name, value in sorted(self.macros))])
 
 
-def launched(dtype, m, *, apart=0):
-    """The kernels that all functions of cuda.py launch for m workers, whose rows are so many items apart."""
+def launched(dtype, m, *, past=0, apart=0):
+    """The kernels that all functions of cuda.py launch for m workers, whose rows begin so many items past a multiple of
+    sixteen bytes, each so many items more than the one before."""
     found = {}
 
     def compiled(file, name, shared=0, **macros):
@@ -69,7 +70,7 @@ def launched(dtype, m, *, apart=0):
         return mock.Mock()
 
     size = ITEMSIZE[dtype]
-    rows = Rows(4096 * size * (1 + np.arange(m)) + apart * size * np.arange(m), 1001, dtype, "cupy", None)
+    rows = Rows(4096 * size * (1 + np.arange(m)) + (past + apart * np.arange(m)) * size, 1001, dtype, "cupy", None)
     one = rows._replace(table=rows.table[:1])
     c, nothing = np.zeros(m), (None, None, None)
     compute = "float64" if dtype == "float64" else "float32"
@@ -83,7 +84,9 @@ def launched(dtype, m, *, apart=0):
                 cuda.combine(rows, rows, c, z=z, out=one, compute=compute)
             cuda.finite_rows(rows)
             if m > cuda.LIMIT:
-                list(cuda._centred(rows, None, compute))
+                for z in (None, one):
+                    list(cuda._centred(rows, z, compute))
+                list(cuda._centred(rows, None, "float64"))
                 return list(found.values())
             nowhere = {"matrix": None, "projection": None, "scalars": None}
             for z in (None, one):
@@ -127,9 +130,11 @@ def blocks(kernel, used, architecture):
 
 def every_kernel():
     """All that the budget covers."""
-    counts = {"float32": MANY, "float64": MANY, "float16": FEW, "bfloat16": FEW}
+    counts = {"float32": MANY, "float64": MANY, "float16": [*FEW, 65], "bfloat16": [*FEW, 65]}
     kernels = [kernel for dtype, workers in counts.items() for m in workers for kernel in launched(dtype, m)]
-    kernels += [kernel for m in (3, 17) for kernel in launched("float32", m, apart=1)]
+    for dtype, workers in {"float32": (3, 8, 17), "float64": (8,), "float16": FEW, "bfloat16": (8, 17)}.items():
+        for m in workers:  # of no common alignment, and of a common one that is not that of sixteen bytes
+            kernels += launched(dtype, m, apart=1) + launched(dtype, m, past=1)
     return list({kernel.key: kernel for kernel in kernels}.values())
 
 

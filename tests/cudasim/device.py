@@ -198,9 +198,11 @@ linalg = types.SimpleNamespace(eigh=_eigh)
 
 
 class Device:
+    multiprocessors = 3
+
     def __init__(self, id=None):
         self.id = current_device() if id is None else id
-        self.attributes = {"MultiProcessorCount": 3}
+        self.attributes = {"MultiProcessorCount": self.multiprocessors}
 
     def __enter__(self):
         _devices.append(self.id)
@@ -284,7 +286,7 @@ class RawModule:
 
 
 class _Kernel:
-    max_dynamic_shared_size_bytes = 48 << 10
+    max_dynamic_shared_size_bytes = 0  # there is more, but it is unknown here how much the kernel's own arrays take
 
     def __init__(self, kernel):
         self._kernel = kernel
@@ -298,7 +300,7 @@ class _Kernel:
 
 
 def _argument(value):
-    """CuPy passes NumPy arrays by value, and its own by their address."""
+    """CuPy passes NumPy's values as they are, its own arrays by their address, and refuses other arrays."""
     if isinstance(value, np.ndarray):
-        return np.void(value.tobytes())
+        raise TypeError(f"a numpy.ndarray of shape {value.shape} as a kernel parameter")
     return value

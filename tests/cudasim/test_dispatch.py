@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import types
 
 import numpy as np
@@ -64,6 +65,13 @@ def test_without_a_driver_the_error_says_so(lonely, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", absent)
     with pytest.raises(RuntimeError, match=r"no CUDA device.*driver"):
         fn.step(*lonely, lr=0.5)
+
+
+def test_an_old_driver_is_told_of_the_other_extra(lonely, monkeypatch):
+    absent = types.SimpleNamespace(cuda=types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "cupy", absent)
+    with pytest.raises(RuntimeError, match=r"pip install 'fastnewton\[cuda12\]'"):
+        fn.gram(lonely[1])
 
 
 def test_show_config_says_what_is_missing(capsys, lonely):
@@ -200,14 +208,17 @@ def test_propagate_never_waits_and_can_be_captured(problem, lr_cap):
     assert info.rank == fn.step(*problem, lr=0.5, lr_cap=lr_cap)[1].rank
 
 
-def test_raise_waits_once(problem, recorded):
-    out = there(np.zeros(N, np.float32))
-    fn.step(*problem, lr=0.5, out=out)
+@pytest.mark.parametrize("m", [3, 33, 64])
+@pytest.mark.parametrize("settings", [{}, {"nonfinite": "drop"}, {"lr_cap": "curvature"}])
+def test_a_step_that_is_checked_waits_once(rng, recorded, m, settings):
+    problem, out = tuple(map(there, workers(rng, m, N, np.float32))), there(np.zeros(N, np.float32))
+    fn.step(*problem, lr=0.5, out=out, **settings)
     recorded.clear()
-    fn.step(*problem, lr=0.5, out=out)
+    fn.step(*problem, lr=0.5, out=out, **settings)
     assert [entry[0] for entry in recorded if entry[0] not in ("launch", "allocate")] == ["get"]
+    assert sum(int(np.prod(shape)) for what, shape, *_ in recorded if what == "allocate") <= size_of(m)
     with pytest.raises(device.CaptureError), device.capture():
-        fn.step(*problem, lr=0.5, out=out)
+        fn.step(*problem, lr=0.5, out=out, **settings)
 
 
 def test_info_is_read_when_looked_at_and_stays(problem, recorded):
@@ -218,6 +229,16 @@ def test_info_is_read_when_looked_at_and_stays(problem, recorded):
     assert (info.coefficients == before).all()
     assert info.lr == 0.5
     assert [entry[0] for entry in recorded].count("get") == 3
+
+
+def test_threads_share_no_memory(problem):
+    """A step is several launches, between which another thread's may come on the same stream."""
+    fn.step(*problem, lr=0.5)
+    own = len(cuda._workspaces)
+    thread = threading.Thread(target=fn.step, args=problem, kwargs={"lr": 0.5})
+    thread.start()
+    thread.join()
+    assert len({array.data.ptr for array in cuda._workspaces.values()}) == 2 * own > 0
 
 
 def test_streams_share_no_memory_and_caches_are_cleared(problem):

@@ -10,6 +10,7 @@ from problems import DTYPES, ill_conditioned, workers
 
 import fastnewton as fn
 
+from . import device
 from .checks import assert_step, distance, there
 from .module import schedule
 from .sanitized import assert_clean, run_sanitized
@@ -82,6 +83,16 @@ def test_layout_does_not_change_the_bits(rng, dtype, m, layout):
     usual, _ = assert_step(thetas, grads, lr=0.7)
     found, _ = assert_step(thetas, grads, lr=0.7, placed=LAYOUTS[layout])
     assert (found.host == usual.host).all()
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "multiprocessors"),
+    [(3, 150_000, 3), (17, 60_000, 3), (3, 25_000, 40), (65, 70_000, 3)],
+    ids=["runs that are flushed", "tiles that are flushed", "more blocks than lanes", "several chunks for a BLAS"],
+)
+def test_long_vectors(rng, monkeypatch, m, n, multiprocessors):
+    monkeypatch.setattr(device.Device, "multiprocessors", multiprocessors)
+    assert_step(*workers(rng, m, n, np.float32), lr=0.7)
 
 
 def test_out_of_another_alignment(rng):
