@@ -72,10 +72,10 @@ ranks() {
 export -f sanitize ranks
 export python out
 
-: >>"$out/results.jsonl"
+[ -n "$only" ] || : >"$out/results.jsonl"
 stage smoke 90 "$python" -m bench.gpu smoke --out "$out"
 stage tests 120 "$python" -m pytest -m gpu -q --noconftest -p no:cacheprovider -o filterwarnings=default tests/test_gpu.py
 stage sanitizer 70 bash -c sanitize
-stage grid 130 "$python" -m bench.gpu grid --out "$out" --seconds 115
-stage ranks 60 bash -c ranks
-"$python" -m bench.gpu report --out "$out"
+stage grid 100 "$python" -m bench.gpu grid --out "$out" --seconds 85
+stage ranks 55 bash -c ranks
+timeout 20 "$python" -m bench.gpu report --out "$out"

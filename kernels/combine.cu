@@ -20,8 +20,8 @@
 #endif
 
 constexpr int WEIGHTS = M ? M : 1024;
-// Items of two bytes loaded one by one take more registers.
-constexpr int AT_ONCE = GROUP * sizeof(Real) > 32 ? (WIDTH == 2 ? 1 : 2) : 3;
+// Items of two bytes that are loaded one by one, and a loop over the workers, take more registers.
+constexpr int AT_ONCE = WIDTH == 2 ? 1 : GROUP * sizeof(Real) > 32 || (GROUP == 8 && M == 0) ? 2 : 3;
 
 // The first warp turns c into p and q, once c has been made to sum to zero.
 __device__ __forceinline__ void weigh(const double* c, int second, double tau, double beta, int m, Real* p, Real* q) {
