@@ -23,7 +23,9 @@ from problems import DTYPES, Quadratic
 
 import fastnewton as fn
 import fastnewton.mpi
+from fastnewton import eigen
 from fastnewton.mpi import Segment, gpu_aware, messages
+from fastnewton.mpi.buffers import HostBuffers
 
 EXCHANGE = os.environ.get("EXCHANGE", "auto")  # of all checks
 DistNewton = functools.partial(fastnewton.mpi.DistNewton, exchange=EXCHANGE)
@@ -427,6 +429,9 @@ def check_options_must_agree(comm):
         ("lr_rest", None, 0.5),
         ("lr_cap", "sigma", "curvature"),
         ("nonfinite", "drop", "raise"),
+        ("exchange", "allgather", "sharded"),
+        ("safeguards", None, fn.Safeguards()),
+        ("safeguards", fn.Safeguards(), fn.Safeguards(min_cosine=0.02)),
     ):
         mine = other if comm.rank == comm.size - 1 and comm.size > 1 else common
         with DistNewton(comm, **{"lr": 0.5, name: mine}) as newton:
@@ -435,7 +440,7 @@ def check_options_must_agree(comm):
                 task()
                 continue
             for _ in range(2):  # it stays an error
-                expect_error(comm, name, task, ValueError, f"rank {comm.size - 1}:", "options")
+                expect_error(comm, name, task, ValueError, f"rank {comm.size - 1}: {name}", *map(repr, (common, other)))
     # The same numbers written differently agree.
     with DistNewton(comm, lr=1 if comm.rank else 1.0, max_rank=np.int64(1) if comm.rank else 1) as newton:
         expect_usable(comm, "agreement", newton, 100, lr=1, max_rank=1)
@@ -456,6 +461,9 @@ def check_bad_options_on_one_rank(comm):
             options = {"lr": 0.5} | ({name: value} if comm.rank == rank else {})
             task = functools.partial(DistNewton, comm, **options)
             expect_error(comm, f"{name}={value!r} on rank {rank}", task, kind, f"rank {rank}:", name)
+        with mock.patch.dict(os.environ, {"FASTNEWTON_NUM_THREADS": "all"} if comm.rank == rank else {}):
+            task = functools.partial(DistNewton, comm, lr=0.5)
+            expect_error(comm, "threads", task, ValueError, f"rank {rank}:", "FASTNEWTON_NUM_THREADS", "'all'")
     with DistNewton(comm, lr=0.5) as newton:
         expect_usable(comm, "bad options", newton, 100, lr=0.5)
 
@@ -657,16 +665,28 @@ def check_groups_and_objects_are_independent(comm):
 
 
 def check_a_rank_that_fails_inside_a_step(comm):
+    thetas, grads = data(comm, 3000)
+    spoilt = grads.copy()
+    spoilt[0, 7] = np.nan
+    places = [(HostBuffers, "outgoing"), (HostBuffers, "rows"), (fastnewton.host, "parts")]
+    places += [(fastnewton.host, "nonfinite_workers"), (fastnewton.host, "finish"), (HostBuffers, "collecting")]
     for rank in ranks_of(comm):
-        thetas, grads = data(comm, 3000)
-        with DistNewton(comm, lr=0.5) as newton:
-            out = np.full(3000, 7.0)
-            step = functools.partial(newton.step, thetas[comm.rank], grads[comm.rank], out=out)
-            failing = mock.patch.object(fastnewton.host, "parts", side_effect=MemoryError("no room for the parts"))
-            with failing if comm.rank == rank else contextlib.nullcontext():
-                expect_error(comm, "no memory", step, MemoryError, f"rank {rank}", "no room for the parts")
-            expect(comm, (out != 7).any() and "out was written")
-            expect_usable(comm, "no memory", newton, 3000, lr=0.5)
+        for place, name in [*places, (fastnewton.host, "total"), (eigen, "decide")]:
+            if name in ("total", "decide") and rank > 0:
+                continue  # rank 0 does that alone
+            if name in ("finish", "collecting") and EXCHANGE == "allgather":
+                continue  # nothing is sent after that
+            second = spoilt if name == "nonfinite_workers" else grads
+            with DistNewton(comm, lr=0.5) as newton:
+                for _ in range(2):
+                    out = np.full(3000, 7.0)
+                    step = functools.partial(newton.step, thetas[comm.rank], second[comm.rank], out=out)
+                    failing = mock.patch.object(place, name, side_effect=MemoryError(f"no room for {name}"))
+                    with failing if comm.rank == rank else contextlib.nullcontext():
+                        expect_error(comm, name, step, MemoryError, f"rank {rank}:", f"no room for {name}")
+                    # The others write their shards while one cannot.
+                    expect(comm, name not in ("finish", "collecting") and (out != 7).any() and f"{name}: out written")
+                    expect_usable(comm, name, newton, 3000, lr=0.5)
 
 
 # -- what moves --------------------------------------------------------------------------------------------
