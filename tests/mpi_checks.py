@@ -235,6 +235,27 @@ def check_a_cap_reduces_all_segments_in_proportion(comm):
     )
 
 
+def check_segments_fall_back_together(comm):
+    """Averaged SGD by `fallback_lr` in place of the longest τ, in proportion for the others; for all where all τ are 0."""
+    if comm.size == 1:
+        raise Skipped("a step of one worker is averaged SGD")
+    thetas, grads = data(comm, 3000)
+    for lr in (0.5, 0.0):
+        guards = fn.Safeguards(max_coefficient=1e-99, fallback_lr=0.25)
+        wanted = [
+            fn.step(thetas, grads, lr=lr, safeguards=dataclasses.replace(guards, fallback_lr=x)) for x in (0.25, 0.125)
+        ]
+        with DistNewton(comm, lr=1.0, safeguards=guards) as newton:
+            segments = [Segment(1001, lr), Segment(1999, lr / 2)]
+            theta, info = newton.step(thetas[comm.rank], grads[comm.rank], segments=segments)
+        parts = [wanted[0][0][:1001], wanted[1 if lr else 0][0][1001:]]
+        expect(
+            comm,
+            info.reason != "coefficient" and info.reason,
+            raw(theta) != raw(np.concatenate(parts)) and f"lr={lr}: not averaged SGD of fn.step",
+        )
+
+
 def check_segments_must_be_those_of_all_ranks(comm):
     thetas, grads = data(comm, 1100)
     for rank in ranks_of(comm) if comm.size > 1 else []:

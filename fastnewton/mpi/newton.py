@@ -137,7 +137,8 @@ class DistNewton:
         segments : sequence of Segment, optional
             Stretches of the vectors, in order, with τ and β of their own instead of `lr` and `lr_rest`, the same on all
             ranks; K is that of whole vectors.  The step is decided, and `lr_cap` set, for the segment of the largest τ;
-            the others' are then reduced in proportion.
+            the others' are then reduced in proportion.  Where that segment has a β of its own and `max_newton_norm`
+            shortens its τ, β of segments without one is shortened too.
         out : array (n,), optional
             As in `fastnewton.step`; here it may be `theta`.
 
