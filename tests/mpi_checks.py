@@ -16,7 +16,7 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
-from fastnewton.kernels import threads
+from fastnewton.kernels import cuda, threads
 from mpi4py import MPI
 from mpi_harness import Skipped, data, expect, expect_error, expect_same, expect_step, fields, main, raised, raw
 from problems import DTYPES, Quadratic
@@ -236,7 +236,7 @@ def check_a_cap_reduces_all_segments_in_proportion(comm):
 
 
 def check_segments_fall_back_together(comm):
-    """Averaged SGD by `fallback_lr` in place of the longest τ, in proportion for the others; for all where all τ are 0."""
+    """Averaged SGD by `fallback_lr` for the longest τ, in proportion for the others; for all where all τ are 0."""
     if comm.size == 1:
         raise Skipped("a step of one worker is averaged SGD")
     thetas, grads = data(comm, 3000)
@@ -867,15 +867,17 @@ class _Recording:
 
 def check_device_memory_goes_to_mpi_where_it_may(comm):
     """Simulated device memory is host memory, so that any MPI can read it when it is handed the pointer."""
-    with _simulated_device() as simulated:
+    with _simulated_device():
         from cudasim import device
 
         n = 4097
         for dtype in (np.dtype(np.float32), DTYPES["bfloat16"]):
-            thetas, grads = data(comm, n, dtype)
-            given = simulated.there(thetas[comm.rank]), simulated.there(grads[comm.rank])
+            mine = [cuda.pinned((n,), dtype) for _ in range(2)]
+            for words, rows in zip(mine, data(comm, n, dtype), strict=True):
+                words[:] = rows[comm.rank]
             found = {}
             for direct in (False, True):
+                given = [cuda.sent(words) for words in mine]  # still on their way when the step is called
                 calls, start = [], len(device.log)
                 with (
                     mock.patch.object(gpu_aware, "verdict", lambda direct=direct: (direct, "")),
