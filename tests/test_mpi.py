@@ -297,11 +297,21 @@ def test_another_word_for_device_memory_is_refused():
         gpu_aware.decided({"FASTNEWTON_GPU_MPI": "yes"}, Library(), str)
 
 
-@pytest.mark.parametrize(("chosen", "how"), [("1", "directly"), ("0", "staged"), (None, "staged")])
-def test_the_configuration_says_how_device_memory_travels(run_python, chosen, how):
+@pytest.mark.parametrize(
+    ("chosen", "how", "remedy"),
+    [
+        ("1", "directly", "FASTNEWTON_GPU_MPI=0"),
+        ("0", "staged", "without that, the library decides"),
+        (None, "staged", "needs an MPI library built with CUDA"),
+    ],
+)
+def test_the_configuration_says_how_device_memory_travels(run_python, chosen, how, remedy):
     env = {**dict.fromkeys(UNWANTED), "FASTNEWTON_GPU_MPI": chosen}
-    printed = run_python("-c", "from mpi4py import MPI; import fastnewton; fastnewton.show_config()", env=env)
-    (line,) = [line for line in printed.splitlines() if line.startswith("GPU buffers:")]
-    assert how in line
-    assert "for the other way" in line
-    assert "when MPI is initialised" in run_python("-m", "fastnewton", env=env)
+    initialised = run_python("-c", "from mpi4py import MPI; import fastnewton; fastnewton.show_config()", env=env)
+    first, alone = (
+        next(line for line in printed.splitlines() if line.startswith("GPU buffers:"))
+        for printed in (initialised, run_python("-m", "fastnewton", env=env))
+    )
+    assert how in first
+    assert remedy in first
+    assert alone == first if chosen else "once MPI is initialised" in alone
