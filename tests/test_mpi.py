@@ -196,10 +196,22 @@ else:
 def test_the_job_ends_where_a_rank_dies(tmp_path, death, exchange):
     if MPIEXEC is None:
         pytest.skip("no mpiexec")
-    program = tmp_path / "dying.py"
+    _expect_the_end(tmp_path, death, exchange, sys.executable, [MPIEXEC])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("exchange", ["allgather", "sharded", "server"])
+@pytest.mark.parametrize("death", ["error", "signal"])
+def test_the_job_ends_where_a_rank_of_open_mpi_dies(open_mpi, tmp_path, death, exchange):
+    _expect_the_end(tmp_path, death, exchange, **open_mpi)
+
+
+def _expect_the_end(folder, death, exchange, python, mpiexec, **variables):
+    program = folder / "dying.py"
     program.write_text(DYING)
-    command = [MPIEXEC, "-n", "3", sys.executable, "-m", "mpi4py", str(program), death, exchange]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    command = [*mpiexec, "-n", "3", python, "-m", "mpi4py", str(program), death, exchange]
+    environment = {name: value for name, value in os.environ.items() if name not in UNWANTED} | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode != 0
     assert death == "signal" or "its own trouble" in done.stderr
 

@@ -46,7 +46,8 @@ class DistNewton:
     Attributes
     ----------
     traffic : dict of str to (int, int)
-        For each exchange that carries vectors, parts of K or c: calls, and bytes that this rank had for others.
+        For each exchange that carries vectors, parts of K or c: calls, and bytes that this rank had for others.  Not
+        counted are the verdict beside each shard, 8 bytes, and the messages of the first step and of failures.
 
     Raises
     ------
