@@ -713,6 +713,20 @@ def check_a_rank_that_fails_inside_a_step(comm):
 # -- what moves --------------------------------------------------------------------------------------------
 
 
+def check_each_rank_forms_the_parts_of_its_own_blocks(comm):
+    for n in (0, 1, 5000, 1024 * comm.size + 1):
+        for options in ({}, {"safeguards": fn.Safeguards()}):
+            thetas, grads = data(comm, n, np.float32)
+            with (
+                mock.patch.object(fastnewton.host, "parts", wraps=fastnewton.host.parts) as parts,
+                DistNewton(comm, lr=0.5, **options) as newton,
+            ):
+                newton.step(thetas[comm.rank], grads[comm.rank])
+            runs, blocks = [call.args[-2:] for call in parts.call_args_list], -(-n // 1024)
+            wanted = [tuple(blocks * rank // comm.size for rank in (comm.rank, comm.rank + 1))]
+            expect(comm, runs != wanted and f"n={n}, {options}: blocks {runs}, not {wanted}")
+
+
 def check_traffic_is_that_of_the_table(comm):
     """Bytes of vectors that a rank sends, from the sizes of the shards alone."""
     m = comm.size

@@ -85,6 +85,29 @@ def test_on_ranks(ranks, check):
     ranks.told(check)
 
 
+# With other numbers of ranks than above; `full` runs all checks there.
+MAIN = [
+    "check_bits_are_those_of_one_process",
+    "check_bad_input_in_the_first_step",
+    "check_bad_input_in_a_later_step",
+    "check_disagreement_in_the_first_step",
+    "check_options_must_agree",
+    "check_nonfinite_ranks_are_dropped",
+    "check_a_rank_that_fails_inside_a_step",
+    "check_each_rank_forms_the_parts_of_its_own_blocks",
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def gathered(request):
+    return Ranks(request.param, *MAIN, EXCHANGE="allgather")
+
+
+@pytest.mark.parametrize("check", MAIN)
+def test_allgather_on_ranks(gathered, check):
+    gathered.told(check)
+
+
 def test_the_ranks_end_in_good_order(ranks):
     assert list(ranks.outcomes) == CHECKS
     assert bool(ranks.status) == any(outcome["failed"] for outcome in ranks.outcomes.values()), ranks.output
