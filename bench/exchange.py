@@ -1,5 +1,7 @@
 """The exchanges over MPI on this machine, beside the all-reduce of the gradient that plain SGD needs."""
 
+import itertools
+import math
 from collections.abc import Callable
 
 from bench import train
@@ -8,6 +10,7 @@ from bench.report import Table
 
 RANKS = (2, 4, 8)
 MOST_BYTES = 6 << 30  # that all ranks together hold in the allgather exchange
+TARGET = 1.75  # times the all-reduce, for 4 ranks and n = 2²²: 1.5 by bytes, the rest is work on shared cores
 
 
 def measure(largest: int, rounds: int, after: Callable[[], None]) -> list[dict]:
@@ -26,7 +29,38 @@ def lengths(largest: int) -> list[int]:
 def table(rows: list[dict]) -> Table:
     """Times, ratios to the all-reduce, traffic and memory."""
     columns = ("ranks", "n", "all-reduce ms", "sharded ms", "ratio", "allgather ms", "ratio", "sent, ring", "sharded")
-    return Table("The exchanges", (*columns, "memory, sharded", "allgather", CUT), [_cells(row) for row in rows], NOTE)
+    return Table(
+        "The exchanges",
+        (*columns, "memory, sharded", "allgather", CUT),
+        [_cells(row) for row in rows],
+        " ".join((NOTE, *_findings(rows))),
+    )
+
+
+def crossover(rows: list[dict]) -> float:
+    """The n from which sharded is the faster, for rows of one number of ranks: 0 if throughout, infinity if nowhere."""
+    both = [row for row in rows if "allgather" in row["seconds"]]
+    points = [(math.log(row["n"]), math.log(row["seconds"]["sharded"] / row["seconds"]["allgather"])) for row in both]
+    found = 0.0
+    for (x, y), (x_after, y_after) in itertools.pairwise(points):
+        if y > 0 >= y_after:
+            found = math.exp(x + (x_after - x) * y / (y - y_after))
+    return found if points and points[-1][1] <= 0 else math.inf
+
+
+def _findings(rows: list[dict]) -> list[str]:
+    """In words: where the exchanges are equally fast, and whether the target is reached."""
+    words = []
+    for ranks in sorted({row["ranks"] for row in rows}):
+        equal = crossover([row for row in rows if row["ranks"] == ranks])
+        where = {0.0: "throughout", math.inf: "nowhere"}.get(equal, f"from n = {equal:.2g} on")
+        words.append(f"{ranks} ranks: sharded is faster {where}.")
+    for row in rows:
+        if (row["ranks"], row["n"]) == (4, 1 << 22):
+            ratio = row["seconds"]["sharded"] / row["seconds"]["allreduce"]
+            reached = "reached" if ratio <= TARGET else "not reached"
+            words.append(f"Sharded, 4 ranks, n = 2^22: {ratio:.2f} times the all-reduce; target {TARGET}: {reached}.")
+    return words
 
 
 CUT = f"{CHUNKS} chunks"

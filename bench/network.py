@@ -20,6 +20,7 @@ from bench.report import Table
 
 KINDS = ("allreduce", "sharded", "allgather")
 ITEMSIZE = 4
+TOLD_FROM = 1 << 24  # bytes of an exchange beside which MPI's own are few
 _TIME, _BYTES = EngFormatter("s", places=1), EngFormatter("B", places=1)
 
 
@@ -113,6 +114,13 @@ def errors(network: Network, rows: list[dict]) -> dict[str, list[float]]:
     return found
 
 
+def memory_errors(rows: list[dict]) -> list[float]:
+    """|predicted/measured − 1| of the memory of each exchange, where that is more than what MPI itself takes."""
+    cases = [(kind, row, grown) for row in rows for kind, grown in row["memory"].items() if grown is not None]
+    predicted = [(held(kind, row["ranks"], row["n"]), grown * row["n"] * ITEMSIZE) for kind, row, grown in cases]
+    return [abs(bytes_ / grown - 1) for bytes_, grown in predicted if bytes_ >= TOLD_FROM]
+
+
 def _timed(row: dict) -> list[str]:
     return [kind for kind in KINDS if kind in row["seconds"]]
 
@@ -124,10 +132,16 @@ def check(network: Network, rows: list[dict]) -> Table:
         for kind, found in errors(network, rows).items()
         if found
     ]
+    if of_memory := memory_errors(rows):
+        largest = max(of_memory)
+        lines.append(
+            ("memory", str(len(of_memory)), f"{100 * statistics.median(of_memory):.0f} %", f"{100 * largest:.0f} %")
+        )
     note = (
         f"Fitted to n = 2^14, 2^18, 2^22: a step's overhead {1e6 * network.overhead:.0f} µs, a message "
         f"{1e6 * network.latency:.0f} µs, {network.bandwidth / 1e9:.1f} GB/s between ranks and "
-        f"{network.memory / 1e9:.1f} GB/s of memory, both shared by all ranks. Errors are for the other n."
+        f"{network.memory / 1e9:.1f} GB/s of memory, both shared by all ranks. Errors are for the other n; "
+        f"of memory, not fitted, where it is {_BYTES(TOLD_FROM)} and more."
     )
     return Table("The model beside measurements", ("", "points", "median error", "largest"), lines, note)
 

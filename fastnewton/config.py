@@ -93,14 +93,17 @@ def _mpi() -> str:
 
 
 def _gpu_buffers() -> str:
-    loaded = sys.modules.get("mpi4py.MPI")
-    if loaded is None or not loaded.Is_initialized():
-        return "decided when MPI is initialised, by FASTNEWTON_GPU_MPI=1 (direct) or 0 (staged), else by the library"
-    from fastnewton.mpi import gpu_aware
+    from fastnewton.launch import GPU_MPI, device_memory_to_mpi
 
-    direct, why = gpu_aware.verdict()
+    loaded, chosen = sys.modules.get("mpi4py.MPI"), device_memory_to_mpi(os.environ)
+    if chosen is None and (loaded is None or not loaded.Is_initialized()):
+        return f"as the library says, once MPI is initialised; {GPU_MPI}=1 (direct) or 0 (staged) decides otherwise"
+    if chosen is None:
+        from fastnewton.mpi import gpu_aware
+    direct, why = chosen or gpu_aware.verdict()
     how = "handed to MPI directly" if direct else "staged through pinned host memory"
-    return f"{how}, {why}; FASTNEWTON_GPU_MPI={int(not direct)} for the other way"
+    without = "without that, the library decides" if chosen else "direct needs an MPI library built with CUDA"
+    return f"{how}, {why}; {f'{GPU_MPI}=0 stages them' if direct else without}"
 
 
 def _cache() -> str:

@@ -1,8 +1,17 @@
-"""How this process was started: whether a launcher meant it to be one of several."""
+"""What the environment says of MPI: whether a launcher started several processes, and how device memory travels."""
 
 from collections.abc import Mapping
 
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS")
+GPU_MPI = "FASTNEWTON_GPU_MPI"
+
+
+def device_memory_to_mpi(environment: Mapping[str, str]) -> tuple[bool, str] | None:
+    """Whether device memory goes to MPI directly, and why; None if the environment leaves that to the library."""
+    chosen = environment.get(GPU_MPI, "")
+    if chosen not in ("", "0", "1"):
+        raise ValueError(f"{GPU_MPI} must be 0 or 1; got {chosen!r}")
+    return (chosen == "1", f"{GPU_MPI}={chosen}") if chosen else None
 
 
 def is_one_of_several(environment: Mapping[str, str]) -> bool:

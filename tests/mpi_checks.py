@@ -16,14 +16,16 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
-from fastnewton.kernels import threads
+from fastnewton.kernels import cuda, threads
 from mpi4py import MPI
 from mpi_harness import Skipped, data, expect, expect_error, expect_same, expect_step, fields, main, raised, raw
 from problems import DTYPES, Quadratic
 
 import fastnewton as fn
 import fastnewton.mpi
+from fastnewton import eigen
 from fastnewton.mpi import Segment, gpu_aware, messages
+from fastnewton.mpi.buffers import HostBuffers
 
 EXCHANGE = os.environ.get("EXCHANGE", "auto")  # of all checks
 DistNewton = functools.partial(fastnewton.mpi.DistNewton, exchange=EXCHANGE)
@@ -233,6 +235,27 @@ def check_a_cap_reduces_all_segments_in_proportion(comm):
     )
 
 
+def check_segments_fall_back_together(comm):
+    """Averaged SGD by `fallback_lr` for the longest τ, in proportion for the others; for all where all τ are 0."""
+    if comm.size == 1:
+        raise Skipped("a step of one worker is averaged SGD")
+    thetas, grads = data(comm, 3000)
+    for lr in (0.5, 0.0):
+        guards = fn.Safeguards(max_coefficient=1e-99, fallback_lr=0.25)
+        wanted = [
+            fn.step(thetas, grads, lr=lr, safeguards=dataclasses.replace(guards, fallback_lr=x)) for x in (0.25, 0.125)
+        ]
+        with DistNewton(comm, lr=1.0, safeguards=guards) as newton:
+            segments = [Segment(1001, lr), Segment(1999, lr / 2)]
+            theta, info = newton.step(thetas[comm.rank], grads[comm.rank], segments=segments)
+        parts = [wanted[0][0][:1001], wanted[1 if lr else 0][0][1001:]]
+        expect(
+            comm,
+            info.reason != "coefficient" and info.reason,
+            raw(theta) != raw(np.concatenate(parts)) and f"lr={lr}: not averaged SGD of fn.step",
+        )
+
+
 def check_segments_must_be_those_of_all_ranks(comm):
     thetas, grads = data(comm, 1100)
     for rank in ranks_of(comm) if comm.size > 1 else []:
@@ -427,6 +450,9 @@ def check_options_must_agree(comm):
         ("lr_rest", None, 0.5),
         ("lr_cap", "sigma", "curvature"),
         ("nonfinite", "drop", "raise"),
+        ("exchange", "allgather", "sharded"),
+        ("safeguards", None, fn.Safeguards()),
+        ("safeguards", fn.Safeguards(), fn.Safeguards(min_cosine=0.02)),
     ):
         mine = other if comm.rank == comm.size - 1 and comm.size > 1 else common
         with DistNewton(comm, **{"lr": 0.5, name: mine}) as newton:
@@ -435,7 +461,7 @@ def check_options_must_agree(comm):
                 task()
                 continue
             for _ in range(2):  # it stays an error
-                expect_error(comm, name, task, ValueError, f"rank {comm.size - 1}:", "options")
+                expect_error(comm, name, task, ValueError, f"rank {comm.size - 1}: {name}", *map(repr, (common, other)))
     # The same numbers written differently agree.
     with DistNewton(comm, lr=1 if comm.rank else 1.0, max_rank=np.int64(1) if comm.rank else 1) as newton:
         expect_usable(comm, "agreement", newton, 100, lr=1, max_rank=1)
@@ -456,6 +482,9 @@ def check_bad_options_on_one_rank(comm):
             options = {"lr": 0.5} | ({name: value} if comm.rank == rank else {})
             task = functools.partial(DistNewton, comm, **options)
             expect_error(comm, f"{name}={value!r} on rank {rank}", task, kind, f"rank {rank}:", name)
+        with mock.patch.dict(os.environ, {"FASTNEWTON_NUM_THREADS": "all"} if comm.rank == rank else {}):
+            task = functools.partial(DistNewton, comm, lr=0.5)
+            expect_error(comm, "threads", task, ValueError, f"rank {rank}:", "FASTNEWTON_NUM_THREADS", "'all'")
     with DistNewton(comm, lr=0.5) as newton:
         expect_usable(comm, "bad options", newton, 100, lr=0.5)
 
@@ -657,19 +686,45 @@ def check_groups_and_objects_are_independent(comm):
 
 
 def check_a_rank_that_fails_inside_a_step(comm):
+    thetas, grads = data(comm, 3000)
+    spoilt = grads.copy()
+    spoilt[0, 7] = np.nan
+    places = [(HostBuffers, "outgoing"), (HostBuffers, "rows"), (fastnewton.host, "parts")]
+    places += [(fastnewton.host, "nonfinite_workers"), (fastnewton.host, "finish"), (HostBuffers, "collecting")]
     for rank in ranks_of(comm):
-        thetas, grads = data(comm, 3000)
-        with DistNewton(comm, lr=0.5) as newton:
-            out = np.full(3000, 7.0)
-            step = functools.partial(newton.step, thetas[comm.rank], grads[comm.rank], out=out)
-            failing = mock.patch.object(fastnewton.host, "parts", side_effect=MemoryError("no room for the parts"))
-            with failing if comm.rank == rank else contextlib.nullcontext():
-                expect_error(comm, "no memory", step, MemoryError, f"rank {rank}", "no room for the parts")
-            expect(comm, (out != 7).any() and "out was written")
-            expect_usable(comm, "no memory", newton, 3000, lr=0.5)
+        for place, name in [*places, (fastnewton.host, "total"), (eigen, "decide")]:
+            if name in ("total", "decide") and rank > 0:
+                continue  # rank 0 does that alone
+            if name in ("finish", "collecting") and EXCHANGE == "allgather":
+                continue  # nothing is sent after that
+            second = spoilt if name == "nonfinite_workers" else grads
+            with DistNewton(comm, lr=0.5) as newton:
+                for _ in range(2):
+                    out = np.full(3000, 7.0)
+                    step = functools.partial(newton.step, thetas[comm.rank], second[comm.rank], out=out)
+                    failing = mock.patch.object(place, name, side_effect=MemoryError(f"no room for {name}"))
+                    with failing if comm.rank == rank else contextlib.nullcontext():
+                        expect_error(comm, name, step, MemoryError, f"rank {rank}:", f"no room for {name}")
+                    # The others write their shards while one cannot.
+                    expect(comm, name not in ("finish", "collecting") and (out != 7).any() and f"{name}: out written")
+                    expect_usable(comm, name, newton, 3000, lr=0.5)
 
 
 # -- what moves --------------------------------------------------------------------------------------------
+
+
+def check_each_rank_forms_the_parts_of_its_own_blocks(comm):
+    for n in (0, 1, 5000, 1024 * comm.size + 1):
+        for options in ({}, {"safeguards": fn.Safeguards()}):
+            thetas, grads = data(comm, n, np.float32)
+            with (
+                mock.patch.object(fastnewton.host, "parts", wraps=fastnewton.host.parts) as parts,
+                DistNewton(comm, lr=0.5, **options) as newton,
+            ):
+                newton.step(thetas[comm.rank], grads[comm.rank])
+            runs, blocks = [call.args[-2:] for call in parts.call_args_list], -(-n // 1024)
+            wanted = [tuple(blocks * rank // comm.size for rank in (comm.rank, comm.rank + 1))]
+            expect(comm, runs != wanted and f"n={n}, {options}: blocks {runs}, not {wanted}")
 
 
 def check_traffic_is_that_of_the_table(comm):
@@ -826,15 +881,17 @@ class _Recording:
 
 def check_device_memory_goes_to_mpi_where_it_may(comm):
     """Simulated device memory is host memory, so that any MPI can read it when it is handed the pointer."""
-    with _simulated_device() as simulated:
+    with _simulated_device():
         from cudasim import device
 
         n = 4097
         for dtype in (np.dtype(np.float32), DTYPES["bfloat16"]):
-            thetas, grads = data(comm, n, dtype)
-            given = simulated.there(thetas[comm.rank]), simulated.there(grads[comm.rank])
+            mine = [cuda.pinned((n,), dtype) for _ in range(2)]
+            for words, rows in zip(mine, data(comm, n, dtype), strict=True):
+                words[:] = rows[comm.rank]
             found = {}
             for direct in (False, True):
+                given = [cuda.sent(words) for words in mine]  # still on their way when the step is called
                 calls, start = [], len(device.log)
                 with (
                     mock.patch.object(gpu_aware, "verdict", lambda direct=direct: (direct, "")),

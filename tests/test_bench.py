@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import struct
 import subprocess
@@ -322,6 +323,29 @@ def test_the_table_of_exchanges_has_a_row_for_each_measurement(exchanged):
     assert len(found.rows) == 2
     assert {len(row) for row in found.rows} == {len(found.columns)}
     assert found.rows[1][5] == "" != found.rows[0][5]
+
+
+def test_the_crossover_lies_between_measured_lengths():
+    def row(n, sharded, allgather, ranks=4):
+        seconds = {"allreduce": 1.0, "sharded": sharded, "allgather": allgather}
+        return {"ranks": ranks, "n": n, "seconds": seconds, "sent": {"sharded": 1}, "memory": {}}
+
+    rows = [row(1 << 14, 2.0, 1.0), row(1 << 16, 1.0, 2.0), row(1 << 22, 1.76, 9.0)]
+    assert exchange.crossover(rows) == pytest.approx(1 << 15)  # twice as slow, twice as fast: half way
+    assert exchange.crossover(rows[:1]) == math.inf
+    note = exchange.table([*rows, row(1 << 14, 1.0, 2.0, ranks=2)]).note
+    assert "4 ranks: sharded is faster from n = 3.3e+04 on." in note
+    assert "2 ranks: sharded is faster throughout." in note
+    assert "1.76 times the all-reduce; target 1.75: not reached." in note
+    assert "target 1.75: reached." in exchange.table([row(1 << 22, 1.75, 9.0)]).note
+
+
+def test_the_model_of_memory_is_checked_where_mpi_takes_little():
+    rows = [{"ranks": 4, "n": n, "memory": {"sharded": 6.0, "allgather": None}} for n in (1 << 14, 1 << 22)]
+    assert network.memory_errors(rows) == [0.5]  # 3n predicted, 6n seen
+    here = network.Network(4e-4, 3e-5, 9e9, 2.5e10, 1e12, 1e-9, cores=2)
+    timed = [row | {"seconds": {"allreduce": 1.0}} for row in rows]
+    assert network.check(here, timed).rows[-1] == ("memory", "1", "50 %", "50 %")
 
 
 # -- the command line ---------------------------------------------------------------------------------------

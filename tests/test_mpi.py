@@ -85,6 +85,29 @@ def test_on_ranks(ranks, check):
     ranks.told(check)
 
 
+# With other numbers of ranks than above; `full` runs all checks there.
+MAIN = [
+    "check_bits_are_those_of_one_process",
+    "check_bad_input_in_the_first_step",
+    "check_bad_input_in_a_later_step",
+    "check_disagreement_in_the_first_step",
+    "check_options_must_agree",
+    "check_nonfinite_ranks_are_dropped",
+    "check_a_rank_that_fails_inside_a_step",
+    "check_each_rank_forms_the_parts_of_its_own_blocks",
+]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def gathered(request):
+    return Ranks(request.param, *MAIN, EXCHANGE="allgather")
+
+
+@pytest.mark.parametrize("check", MAIN)
+def test_allgather_on_ranks(gathered, check):
+    gathered.told(check)
+
+
 def test_the_ranks_end_in_good_order(ranks):
     assert list(ranks.outcomes) == CHECKS
     assert bool(ranks.status) == any(outcome["failed"] for outcome in ranks.outcomes.values()), ranks.output
@@ -196,10 +219,22 @@ else:
 def test_the_job_ends_where_a_rank_dies(tmp_path, death, exchange):
     if MPIEXEC is None:
         pytest.skip("no mpiexec")
-    program = tmp_path / "dying.py"
+    _expect_the_end(tmp_path, death, exchange, sys.executable, [MPIEXEC])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("exchange", ["allgather", "sharded", "server"])
+@pytest.mark.parametrize("death", ["error", "signal"])
+def test_the_job_ends_where_a_rank_of_open_mpi_dies(open_mpi, tmp_path, death, exchange):
+    _expect_the_end(tmp_path, death, exchange, **open_mpi)
+
+
+def _expect_the_end(folder, death, exchange, python, mpiexec, **variables):
+    program = folder / "dying.py"
     program.write_text(DYING)
-    command = [MPIEXEC, "-n", "3", sys.executable, "-m", "mpi4py", str(program), death, exchange]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
+    command = [*mpiexec, "-n", "3", python, "-m", "mpi4py", str(program), death, exchange]
+    environment = {name: value for name, value in os.environ.items() if name not in UNWANTED} | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode != 0
     assert death == "signal" or "its own trouble" in done.stderr
 
@@ -297,11 +332,21 @@ def test_another_word_for_device_memory_is_refused():
         gpu_aware.decided({"FASTNEWTON_GPU_MPI": "yes"}, Library(), str)
 
 
-@pytest.mark.parametrize(("chosen", "how"), [("1", "directly"), ("0", "staged"), (None, "staged")])
-def test_the_configuration_says_how_device_memory_travels(run_python, chosen, how):
+@pytest.mark.parametrize(
+    ("chosen", "how", "remedy"),
+    [
+        ("1", "directly", "FASTNEWTON_GPU_MPI=0"),
+        ("0", "staged", "without that, the library decides"),
+        (None, "staged", "needs an MPI library built with CUDA"),
+    ],
+)
+def test_the_configuration_says_how_device_memory_travels(run_python, chosen, how, remedy):
     env = {**dict.fromkeys(UNWANTED), "FASTNEWTON_GPU_MPI": chosen}
-    printed = run_python("-c", "from mpi4py import MPI; import fastnewton; fastnewton.show_config()", env=env)
-    (line,) = [line for line in printed.splitlines() if line.startswith("GPU buffers:")]
-    assert how in line
-    assert "for the other way" in line
-    assert "when MPI is initialised" in run_python("-m", "fastnewton", env=env)
+    initialised = run_python("-c", "from mpi4py import MPI; import fastnewton; fastnewton.show_config()", env=env)
+    first, alone = (
+        next(line for line in printed.splitlines() if line.startswith("GPU buffers:"))
+        for printed in (initialised, run_python("-m", "fastnewton", env=env))
+    )
+    assert how in first
+    assert remedy in first
+    assert alone == first if chosen else "once MPI is initialised" in alone

@@ -6,7 +6,8 @@
 
 Every rank forms K's parts for its own blocks only and sends their maximal subtrees to rank 0, which completes the
 tree, decides, and broadcasts c: the bits of θ_new are the same on every rank and equal to those of `fastnewton.step`
-on the stacked rows.  With "sharded" a rank also combines its own blocks only.
+on the stacked rows.  With "sharded" a rank also combines its own blocks only.  Arrays on a device that are staged take
+more: in all, with out=, 5n pinned and (2 + 1/m)n on the device, and (2m + 2)n and 2mn with "allgather".
 
 `serve` and `Client` carry the Read and Write of a `fastnewton.server.ParameterServer` over MPI.
 """

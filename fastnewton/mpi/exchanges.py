@@ -12,8 +12,11 @@ from fastnewton.backends import backend
 from fastnewton.info import StepInfo
 from fastnewton.kernels.record import RESULT
 from fastnewton.mpi.buffers import buffers
+from fastnewton.mpi.failures import attempt, raise_first
 from fastnewton.mpi.messages import counted, message
 from fastnewton.mpi.segments import Lengths, finish
+
+_FAILED = -1  # in place of what a rank found, where it could not look or combine
 
 
 def block_bounds(comm: MPI.Intracomm, like: Rows) -> list[int]:
@@ -34,12 +37,15 @@ class _Received:
         self._on_its_way: list[MPI.Request] = []
         self._rows: dict[str, Rows] = {}
 
-    def start(self, like: Rows, *given: Rows) -> None:
-        """Send this rank's θ and g, or zeros for want of them; the gradients are there when this returns."""
+    def outgoing(self, *given: Rows) -> list[Callable[[int], Any]]:
+        """This rank's g and θ, if it has them, as MPI can send them."""
+        return [self._buffers.outgoing(one, self._pieces) for one in reversed(given)]
+
+    def start(self, sending: list[Callable[[int], Any]] | None, like: Rows) -> None:
+        """Send g and θ, or zeros for want of them; the gradients are there when this returns."""
         self._rows = {}
-        zeros = np.zeros(0 if given else like.n, self._buffers.word)
-        outgoing = [self._buffers.outgoing(one, self._pieces) for one in reversed(given)]
-        grad, theta = outgoing or [lambda k: zeros[self._pieces[k]]] * 2
+        zeros = np.zeros(0 if sending else like.n, self._buffers.word)
+        grad, theta = sending or [lambda k: zeros[self._pieces[k]]] * 2
         grads_on_their_way = self._send(grad, self._grads)
         self._on_its_way = self._send(theta, self._thetas)
         MPI.Request.Waitall(grads_on_their_way)
@@ -57,12 +63,20 @@ class _Received:
     def nonfinite_workers(self, workers: np.ndarray, like: Rows) -> list[int]:
         """Collective: those of the workers whose θ or g, as it was sent, is not finite."""
         stacks = {"thetas": self._thetas, "grads": self._grads}
-        here = [self._received(name, stack, like)._replace(n=stack.shape[1]) for name, stack in stacks.items()]
-        found = np.zeros((self._comm.size, self._comm.size), np.int8)
-        mine = np.zeros(self._comm.size, np.int8)
         own = self._to_scan()
-        mine[own[backend(like).nonfinite_workers(*(rows.only(own) for rows in here))]] = 1
+
+        def scanned() -> list[int]:
+            here = [self._received(name, stack, like)._replace(n=stack.shape[1]) for name, stack in stacks.items()]
+            return backend(like).nonfinite_workers(*(rows.only(own) for rows in here))
+
+        bad, problem = attempt(scanned)
+        found = np.zeros((self._comm.size, self._comm.size), np.int8)
+        mine = np.full(self._comm.size, 0 if problem is None else _FAILED, np.int8)
+        if bad:
+            mine[own[bad]] = 1
         self._comm.Allgather(mine, found)
+        if (found == _FAILED).any():
+            raise_first(self._comm, problem)
         return [int(k) for k in workers if found[:, k].any()]
 
 
@@ -137,15 +151,27 @@ class ShardedExchange(_Received):
 
     def finish(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str, lengths: Lengths) -> None:
         """Write θ_new to `target`, and in the record whether it is finite anywhere."""
-        own = [rows.only(workers).part(self._start, self._own) for rows in (self.thetas(target), self.grads(target))]
-        whole, piece = self._buffers.collecting(target), self._pieces[self._comm.rank]
-        self._buffers.finish(lambda out: finish(*own, info, out, compute, lengths, self._start), target, piece, whole)
+        piece = self._pieces[self._comm.rank]
+
+        def combined(out: Rows) -> None:
+            both = self.thetas(target), self.grads(target)
+            own = [rows.only(workers).part(self._start, self._own) for rows in both]
+            finish(*own, info, out, compute, lengths, self._start)
+
+        whole, problem = attempt(lambda: self._buffers.collecting(target))
+        if problem is None:
+            _, problem = attempt(lambda: self._buffers.finish(combined, target, piece, whole))
+        else:
+            whole = np.empty(target.n, self._buffers.word)  # the others' shards must go somewhere
         broken = np.zeros(self._comm.size)
-        verdicts = self._comm.Iallgather(info.record[RESULT : RESULT + 1].copy(), broken)
+        mine = info.record[RESULT : RESULT + 1].copy() if problem is None else np.array([float(_FAILED)])
+        verdicts = self._comm.Iallgather(mine, broken)
         shard = whole[piece]
         MPI.Request.Waitall(self._passed_on(lambda _rank: shard, lambda rank: whole[self._pieces[rank]]))
         self._count("Allgather", shard.nbytes * (self._comm.size - 1))
         verdicts.Wait()
+        if (broken == _FAILED).any():
+            raise_first(self._comm, problem)
         info.record[RESULT] = broken.any()
         self._buffers.deliver(whole, target)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from mpi4py import MPI
 
-VARIABLE = "FASTNEWTON_GPU_MPI"
+from fastnewton.launch import device_memory_to_mpi
+
 _CUDA = 0  # MPIX_GPU_SUPPORT_CUDA
 
 
@@ -26,11 +27,8 @@ def decided(environment: Mapping[str, str], library: Any, allocation_kinds: Call
     ValueError
         FASTNEWTON_GPU_MPI is neither 0 nor 1.
     """
-    chosen = environment.get(VARIABLE, "")
-    if chosen in ("0", "1"):
-        return chosen == "1", f"{VARIABLE}={chosen}"
-    if chosen:
-        raise ValueError(f"{VARIABLE} must be 0 or 1; got {chosen!r}")
+    if (chosen := device_memory_to_mpi(environment)) is not None:
+        return chosen
     if hasattr(library, "MPIX_Query_cuda_support"):
         return bool(library.MPIX_Query_cuda_support()), "as MPIX_Query_cuda_support says"
     if hasattr(library, "MPIX_GPU_query_support"):

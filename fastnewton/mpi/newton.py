@@ -20,6 +20,7 @@ from fastnewton.kernels.record import GO, STATUS
 from fastnewton.launch import foreign_launcher
 from fastnewton.method import Options, settled
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
+from fastnewton.mpi.failures import attempt, raise_first
 from fastnewton.mpi.segments import Lengths, Segment
 from fastnewton.safeguards import Safeguards
 
@@ -27,7 +28,7 @@ EXCHANGES = ("allgather", "sharded", "auto")
 SHARDED_FROM = 1 << 18  # bytes of a gradient; measured: equal at 160 KiB with 4 ranks of one node, 800 KiB with 2
 
 _PROBLEM = -1.0  # in place of the digest of a rank's segments
-_BAD_INPUT = 3  # the status that rank 0 broadcasts where a rank has nothing to step with
+_FAILED = 3  # the status that rank 0 broadcasts where a rank cannot go on
 
 
 class DistNewton:
@@ -45,7 +46,8 @@ class DistNewton:
     Attributes
     ----------
     traffic : dict of str to (int, int)
-        For each exchange that carries vectors, parts of K or c: calls, and bytes that this rank had for others.
+        For each exchange that carries vectors, parts of K or c: calls, and bytes that this rank had for others.  Not
+        counted are the verdict beside each shard, 8 bytes, and the messages of the first step and of failures.
 
     Raises
     ------
@@ -82,20 +84,23 @@ class DistNewton:
         self._exchange: Any = None
         self.traffic: dict[str, tuple[int, int]] = {}
 
-        def settle() -> tuple[float, Options]:
+        def settle() -> tuple[float, Options, int | None]:
             arrays.choice(exchange, "exchange", EXCHANGES)
-            return arrays.real(lr, "lr"), Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
+            options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
+            return arrays.real(lr, "lr"), options, threads.chosen_threads()
 
-        settled, problem = _attempt(settle)
+        settled, problem = attempt(settle)
         try:
-            self._raise_first(problem)
+            raise_first(self._comm, problem)
         except Exception:
             self._comm.Free()  # all ranks are here
             raise
-        self._lr, self._options = settled
+        self._lr, self._options, chosen = settled
         self._kind = exchange
-        self._digest = hashlib.sha256(repr((self._lr, self._options, exchange)).encode()).digest()[:8]
-        self._threads = _share_of_cores(self._comm)
+        terms = {"lr": self._lr, **vars(self._options), "exchange": exchange}
+        self._terms = {name: repr(value) for name, value in terms.items()}
+        share = _share_of_cores(self._comm)
+        self._threads = chosen or share
         if comm.size == 1 and MPI.COMM_WORLD.size == 1 and (note := foreign_launcher(os.environ, 1)):
             warnings.warn(note, RuntimeWarning, stacklevel=2)
 
@@ -133,7 +138,8 @@ class DistNewton:
         segments : sequence of Segment, optional
             Stretches of the vectors, in order, with τ and β of their own instead of `lr` and `lr_rest`, the same on all
             ranks; K is that of whole vectors.  The step is decided, and `lr_cap` set, for the segment of the largest τ;
-            the others' are then reduced in proportion.
+            the others' are then reduced in proportion.  Where that segment has a β of its own and `max_newton_norm`
+            shortens its τ, β of segments without one is shortened too.
         out : array (n,), optional
             As in `fastnewton.step`; here it may be `theta`.
 
@@ -150,10 +156,14 @@ class DistNewton:
             Bad input on any rank: the same error on all of them, naming the rank, before anything is written.
         NonFiniteError
             As in `fastnewton.step`, on all ranks.
+        MemoryError, RuntimeError
+            A rank that cannot go on: the same error on all of them, naming the rank.  `out` is undefined if it was
+            combining.  Nothing is sent after the combine of the allgather exchange, nor after a result goes back to a
+            device: a rank that fails there raises alone, and `python -m mpi4py` ends the job.
         """
         if self._comm == MPI.COMM_NULL:
             raise ValueError("this DistNewton is closed")
-        checked, problem = _attempt(lambda: self._checked(theta, grad, lr, segments, out))
+        checked, problem = attempt(lambda: self._checked(theta, grad, lr, segments, out))
         if self._like is None:
             self._agree(checked, problem)
         with threads.set_thread_limit(self._threads):
@@ -161,8 +171,8 @@ class DistNewton:
 
     def agree(self, terms: Callable[[], str], what: str) -> None:
         """Collective: unless the terms are the same, or where they raise, the same error on all ranks."""
-        mine, problem = _attempt(terms)
-        self._raise_first(problem)
+        mine, problem = attempt(terms)
+        raise_first(self._comm, problem)
         every = self._comm.allgather(mine)
         for rank, given in enumerate(every):
             if given != every[0]:
@@ -200,16 +210,17 @@ class DistNewton:
         size, record = self._comm.size, b""
         if checked is not None:
             first = checked[0]
-            _, problem = _attempt(lambda: self._allocate(first))
+            _, problem = attempt(lambda: self._allocate(first))
             record = repr((first.n, first.dtype, backend(first).layout())).encode()[:64]
-        mine = (self._digest + record.ljust(64)) if problem is None else b"\0" * 72
+        digest = hashlib.sha256(repr(self._terms).encode()).digest()[:8]
+        mine = (digest + record.ljust(64)) if problem is None else b"\0" * 72
         every = np.zeros((size, 72), np.uint8)
         self._comm.Allgather(np.frombuffer(mine, np.uint8), every)
         if not every.any(axis=1).all():
-            self._raise_first(problem)
+            raise_first(self._comm, problem)
+        if (every[:, :8] != every[0, :8]).any():
+            self._raise_other_options()
         for rank in range(1, size):
-            if (every[rank, :8] != every[0, :8]).any():
-                raise ValueError(f"rank {rank}: the options must be those of rank 0")
             if (every[rank] != every[0]).any():
                 given, wanted = (bytes(every[k, 8:]).decode().strip() for k in (rank, 0))
                 raise ValueError(
@@ -217,17 +228,18 @@ class DistNewton:
                 )
         self._like = first._replace(owner=None)
 
+    def _raise_other_options(self) -> None:
+        """Collective: say which option is not that of rank 0."""
+        wanted, *others = self._comm.allgather(self._terms)
+        for rank, given in enumerate(others, 1):
+            for name, value in given.items():
+                if value != wanted[name]:
+                    raise ValueError(f"rank {rank}: {name} must be that of rank 0, {wanted[name]}; got {value}")
+
     def _allocate(self, like: Rows) -> None:
         sharded = self._kind == "sharded" or (self._kind == "auto" and like.n * like.itemsize >= SHARDED_FROM)
         with backend(like).context(like):
             self._exchange = (ShardedExchange if sharded else AllgatherExchange)(self._comm, like, self._count)
-
-    def _raise_first(self, problem: Exception | None) -> None:
-        """Collective: raise the error of the lowest rank that has one, on all ranks."""
-        for rank, found in enumerate(self._comm.allgather(_portable(problem))):
-            if found is not None:
-                kind, message = found
-                raise kind(f"rank {rank}: {message}") from problem
 
     def _count(self, collective: str, nbytes: int) -> None:
         calls, before = self.traffic.get(collective, (0, 0))
@@ -239,7 +251,9 @@ class DistNewton:
         *given, target, lengths = checked or (None, self._lengths(None, None, 0))
         like = given[0] if given else self._like
         with backend(like).context(like):
-            self._exchange.start(like, *given)
+            sending, failure = attempt(lambda: self._exchange.outgoing(*given))
+            problem = problem or failure
+            self._exchange.start(sending, like)
             info = self._options.counted(self._round(np.arange(self._comm.size), lengths, target, like, problem))
             return target.finish(), info
 
@@ -249,7 +263,7 @@ class DistNewton:
         def finish(info: StepInfo, compute: str = "float64") -> None:
             self._exchange.finish(workers, info, target.rows, compute, lengths)
 
-        def attempt(products: str, sums: str) -> StepInfo:
+        def attempted(products: str, sums: str) -> StepInfo:
             info = self._decide(workers, lengths, products, like, problem)
             if info.status == GO or self._options.nonfinite == "propagate":
                 finish(info, sums)
@@ -259,7 +273,7 @@ class DistNewton:
             self._options,
             workers,
             like,
-            attempt,
+            attempted,
             finish=finish,
             nonfinite_workers=lambda: self._exchange.nonfinite_workers(workers, like),
             of_others=lambda others: self._round(others, lengths, target, like, None),
@@ -270,17 +284,21 @@ class DistNewton:
     ) -> StepInfo:
         """Rank 0's decision from the parts of all ranks."""
         total, problem = self._summed(workers, compute, like, lengths.digest, problem)
-        record = np.zeros(size_of(workers.size))
-        if total is not None:
+
+        def decided() -> np.ndarray:
             gram = backend(like).total(*total, workers.size, like.dtype, self._options)
             options = dataclasses.replace(self._options, lr_rest=lengths.lr_rest)
-            record = eigen.decide(gram, lengths.lr, options).record
-        elif self._comm.rank == 0:
-            record[STATUS] = _BAD_INPUT
+            return eigen.decide(gram, lengths.lr, options).record
+
+        record = None
+        if total is not None:
+            record, problem = attempt(decided)
+        if record is None:  # here a rank has failed, or this is not rank 0
+            record = np.full(size_of(workers.size), float(_FAILED))
         self._comm.Bcast(record, root=0)
         self._count("Bcast", record.nbytes * (self._comm.size - 1) * (self._comm.rank == 0))
-        if record[STATUS] == _BAD_INPUT:
-            self._raise_first(problem)
+        if record[STATUS] == _FAILED:
+            raise_first(self._comm, problem)
         return StepInfo(record)
 
     def _summed(
@@ -299,7 +317,7 @@ class DistNewton:
             return side.parts(grads, thetas, options, compute, *bounds[comm.rank : comm.rank + 2])
 
         if problem is None:
-            found, problem = _attempt(parts)
+            found, problem = attempt(parts)
         if problem is None:
             mine[1:] = found.ravel()
         mine[0] = agreed if problem is None else _PROBLEM
@@ -319,27 +337,11 @@ class DistNewton:
         return (np.array([*itertools.chain(*places)], np.int64).reshape(-1, 2), parts), problem
 
 
-def _attempt(task: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """The task's result and its error, one of them None: a rank with a problem must still take part."""
-    try:
-        return task(), None
-    except Exception as error:
-        return None, error
-
-
-def _portable(problem: Exception | None) -> tuple[type, str] | None:
-    """An error as other ranks can raise it."""
-    if problem is None:
-        return None
-    kind = next((kind for kind in (TypeError, ValueError, MemoryError) if isinstance(problem, kind)), RuntimeError)
-    return kind, str(problem)
-
-
 def _share_of_cores(comm: MPI.Intracomm) -> int:
-    """Threads for this rank: the user's number, or the node's cores divided among its ranks; collective."""
+    """Threads for this rank, from the node's cores divided among its ranks; collective."""
     mine = set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     cores = set().union(*node.allgather(mine))
     share = max(1, min(len(mine), len(cores) // node.size))
     node.Free()
-    return threads.chosen_threads() or share
+    return share

@@ -62,13 +62,12 @@ class Lengths:
 
     def _of(self, one: Segment, info: StepInfo) -> tuple[float, float]:
         """τ and β of a segment, in proportion to what the decision made of those it was taken with."""
-        share, share_of_rest = (length / self.lr if self.lr else 1.0 for length in (info.lr, info.lr_rest))
-        tau = one.lr * share
+        tau, rest = (one.lr * (length / self.lr) if self.lr else length for length in (info.lr, info.lr_rest))
         if not info.accepted:  # averaged SGD has a single step length
             return tau, tau
         if one.lr_rest is not None:
             return tau, one.lr_rest
-        return tau, tau if self.lr_rest is not None else one.lr * share_of_rest
+        return tau, tau if self.lr_rest is not None else rest
 
 
 def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str, lengths: Lengths, start: int) -> None:

@@ -64,6 +64,7 @@ def simulated_device():
             yield
         finally:
             fn.clear_caches()
+            device.in_flight.clear()
             for function in caches:
                 function.cache_clear()
 

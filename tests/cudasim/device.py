@@ -1,11 +1,12 @@
 """A CUDA device that is not there: host memory and simulated kernels behind the part of CuPy that fastnewton uses.
 
 Used in place of the module `cupy`.  `log` holds what happened on the device, in order; in a `capture()`, what a CUDA
-graph could not record raises.
+graph could not record raises.  An asynchronous copy is made when something waits for it, or a kernel is launched.
 """
 
 import contextlib
 import ctypes
+import math
 import types
 
 import numpy as np
@@ -15,6 +16,7 @@ from . import module
 CUDA = 2  # kDLCUDA
 
 log = []
+in_flight = []  # copies
 capturing = False
 
 
@@ -103,6 +105,7 @@ class ndarray:
 
     def get(self, **_options):
         _happened("get", self.nbytes)
+        _arrive()
         return self.host.copy()
 
     def item(self):
@@ -215,8 +218,12 @@ class Device:
 class Event:
     done = True
 
+    def __init__(self):
+        self._after = len(log)
+
     def synchronize(self):
         _happened("synchronize event")
+        _arrive(self._after)
 
 
 class Stream:
@@ -232,6 +239,7 @@ class Stream:
 
     def synchronize(self):
         _happened("synchronize", self.ptr)
+        _arrive()
 
     def record(self):
         _happened("record", self.ptr, recordable=True)
@@ -258,7 +266,13 @@ class UnownedMemory:
 
 def _copied(target, source, size, kind, stream):
     _happened("copy", kind, size, stream)
-    ctypes.memmove(target, source, size)
+    in_flight.append((len(log), target, source, size))
+
+
+def _arrive(before=math.inf):
+    """Make the copies that were begun before that place in the log."""
+    while in_flight and in_flight[0][0] <= before:
+        ctypes.memmove(*in_flight.pop(0)[1:])
 
 
 cuda = types.SimpleNamespace(
@@ -296,6 +310,7 @@ class _Kernel:
         if shared_mem > self.max_dynamic_shared_size_bytes:
             raise ValueError(f"{shared_mem} bytes of shared memory; only {self.max_dynamic_shared_size_bytes} allowed")
         _happened("launch", self._kernel.name, current_device(), _streams[-1].ptr, recordable=True)
+        _arrive()
         self._kernel(grid, block, [_argument(value) for value in args], shared_mem=shared_mem)
 
 
