@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+from bench import fits
 from bench.report import ROOT, Table, milliseconds
 
 FOLDER, README = ROOT / "bench" / "results", ROOT / "README.md"
@@ -69,10 +70,9 @@ def _peers(found: dict) -> Table:
 
 
 def _scaling(found: dict) -> str:
-    fits = found["fits"]
-    gram = fits.get("gram, beyond") or fits["gram, in cache"]
+    gram, where = fits.farthest(found["fits"], "gram")
     value, low, high = ("∞" if number is None else f"{number:.0f}" for number in gram["crossover"])
     return (
-        f"In one process gram's m²n overtakes mn at m ≈ {value} (95 %: {low} to {high}; `{found['command']}`); "
+        f"In one process gram's m²n overtakes mn at m ≈ {value}{where} (95 %: {low} to {high}; `{found['command']}`); "
         "sharded, a rank's work is O(m³ + mn)."
     )
