@@ -21,14 +21,15 @@ M, LENGTHS = 8, (650, 16_384)
 PAUSE = 0.01  # seconds, after which helping threads are asleep
 STARTS = 5
 START = """
-import json, time
+import json, sys, time
 start = time.perf_counter()
 import numpy, numba
 libraries = time.perf_counter()
 import fastnewton as fn
 imported = time.perf_counter()
 fn.step(*numpy.random.default_rng(0).standard_normal((2, 8, 650), dtype=numpy.float32), lr=1.0)
-print(json.dumps([libraries - start, imported - libraries, time.perf_counter() - imported]))
+taken = [libraries - start, imported - libraries, time.perf_counter() - imported]
+print(json.dumps([taken, sorted({"cupy", "jax", "mpi4py", "torch"} & sys.modules.keys())]))
 """
 
 
@@ -44,14 +45,16 @@ def measure(rounds: int) -> dict:
         for n in LENGTHS
         for name, convert in libraries.items()
     }
-    return {"parts": parts, "start": np.median(starts(), axis=0).tolist()}
+    return {"parts": parts, "start": np.median(starts()[0], axis=0).tolist()}
 
 
-def starts() -> list[list[float]]:
-    """Seconds of importing NumPy and Numba, fastnewton, and of a first step, in STARTS processes with warm caches."""
+def starts() -> tuple[list[list[float]], list[str]]:
+    """Seconds of importing NumPy and Numba, fastnewton, and of a first step, in STARTS processes with warm caches, and
+    which of the optional libraries that loads."""
     command = [sys.executable, "-c", START]
     told = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(1 + STARTS)]
-    return [json.loads(each) for each in told[1:]]
+    taken, loaded = zip(*map(json.loads, told[1:]), strict=True)
+    return list(taken), loaded[0]
 
 
 def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:

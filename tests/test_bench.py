@@ -62,12 +62,15 @@ def test_roofline_time_is_the_sum_over_the_passes_of_the_slower_resource():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_step_hands_its_kernels_the_bytes_that_the_roofline_counts(rng, dtype):
-    """One call of gram with the gradients; one of combine with parameters, gradients and the result."""
+    """One call of gram with the gradients; one of combine with parameters, gradients and the result; or both in one."""
     m, n = 5, 3000
     thetas, grads = rng.standard_normal((2, m, n)).astype(dtype)
     with regression.handed_to_kernels() as handed:
         fn.combine(thetas, grads, fn.spectrum(fn.gram(grads)).coefficients, lr=1.0)  # which is what a step is
     assert handed == {name: getattr(roofline, name)(m, n, thetas.itemsize).bytes for name in ("gram", "combine")}
+    with regression.handed_to_kernels() as handed:
+        fn.step(thetas, grads, lr=1.0)
+    assert handed == {"step": roofline.combine(m, n, thetas.itemsize).bytes}  # each array once
 
 
 def test_ceilings_count_what_they_do():
