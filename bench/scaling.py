@@ -175,8 +175,8 @@ def fits_table(found: dict[str, dict]) -> Table:
     note += (
         "Non-negative least squares on relative errors; in brackets 95 % intervals by bootstrap. In cache: the bytes "
         f"of the pass fit this process's share of the last-level cache; beyond: they are at least {BEYOND} times that. "
-        "Errors in %. Left out: root mean square of the relative errors at points left out of the fit, one at a time; additive: the same "
-        "where mn and m²n terms are added up."
+        "Errors in %. Left out: root mean square of the relative errors at points left out of the fit, one at a time; "
+        "additive: the same where mn and m²n terms are added up."
     )
     columns = ("part", "a, µs", "b, ps", "c, ps", "d, ps", "points", "median", "largest", "left out", "additive")
     return Table("The parts of a step over m and n: models", columns, lines, note)
@@ -247,7 +247,8 @@ def _of_one_process(found: dict[str, dict], rows: list[dict]) -> str:
     return (
         "In one process as long as memory is the limit: gram's m²n overtakes mn at "
         f"m = {_interval(gram['crossover'])}{where}, and at m = {row['m']}, n = {row['n']:,} gram takes "
-        f"{ratio:.1f} times what reading its bytes takes. max(b·mn, c·m²n) predicts points left out {better} than the sum does."
+        f"{ratio:.1f} times what reading its bytes takes. max(b·mn, c·m²n) predicts points left out {better} than the "
+        "sum does."
     )
 
 
