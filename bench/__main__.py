@@ -227,7 +227,7 @@ def _overview(found: dict, folder: Path) -> list[page.Part]:
 def _peers(found: dict, folder: Path) -> list[page.Part]:
     rows, targets = found["steps"], report.targets(found["steps"])
     parts = [report.machine(found["machine"], rows), report.losses(rows), *([targets] if targets.rows else [])]
-    microseconds = [short.table(found["short"])] if "short" in found else []
+    microseconds = [short.table(found["short"]), short.threads_table(found["short"])] if "short" in found else []
     return [*parts, report.steps(rows), *microseconds, *report.on_device(found["gpu"])]
 
 

@@ -123,7 +123,7 @@ def test_dlpack(benchmark, seconds):
 @pytest.mark.benchmark(group="first call, warm cache")
 def test_first_call(benchmark):
     taken, loaded = short.starts()
-    libraries, imports, steps = zip(*taken, strict=True)
+    libraries, imports, steps, _ = zip(*taken, strict=True)
     calls = [sum(each) for each in zip(imports, steps, strict=True)]
     work = roofline.step(8, 650, 4)
     regression.record(benchmark, calls, min(libraries), {"libraries": loaded}, work)

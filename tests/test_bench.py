@@ -29,6 +29,7 @@ from bench import (
     regression,
     report,
     roofline,
+    short,
     timing,
     train,
 )
@@ -444,6 +445,8 @@ def test_peers_are_compared_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "read_ceiling", lambda: ceilings.ReadCeiling(size=1 << 20, rounds=1))
     monkeypatch.setattr(compare, "gemm_ceiling", lambda dtype: ceilings.GemmCeiling(dtype, size=64))
     monkeypatch.setattr("bench.__main__.read_ceiling", lambda: None)
+    monkeypatch.setattr(short, "_start", lambda **env: ([0.1, 0.2, 30.0 if env else 0.3, 4.0], []))
+    monkeypatch.setattr(short, "THREADED", (1 << 10, 1 << 16))
     main(["peers", "--shapes", "small", "--rounds", "3", "--peers", "numpy", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "peers.json").read_text())
     (row,) = found["steps"]
@@ -456,7 +459,20 @@ def test_peers_are_compared_and_written(tmp_path, monkeypatch, capsys):
     assert f"| {row['ratios']['best peer']:.2f} |" in page
     assert f"| {1e3 * row['step']['median']:.3g}"[:6] in page
     assert row["memory"].keys() == {"fastnewton", *row["others"]}
+    assert "a first step from the disk cache 300 ms. With an empty cache it compiles for 30 s" in page
+    assert all(f"| {1e6 * taken:.1f} |" in page for taken in found["short"]["threads"]["one thread"].values())
     assert "Targets" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [([9, 2, 3, 1], "from n = 2,048 on"), ([1, 2, 9, 1], "from n = 8,192 on"), ([1, 1, 1, 9], "at none of these n")],
+)
+def test_the_crossover_of_threads_is_where_all_are_faster_from_there_on(monkeypatch, every, said):
+    monkeypatch.setattr(short, "THREADED", (1024, 2048, 4096, 8192))
+    times = {"one thread": [4, 4, 4, 4], "all threads": every}
+    found = {"threads": {name: dict(zip(short.THREADED, given, strict=True)) for name, given in times.items()}}
+    assert f"All threads are faster {said};" in short.threads_table(found).note
 
 
 def test_a_peer_that_does_not_work_or_is_wrong_is_named_with_the_reason(monkeypatch):
