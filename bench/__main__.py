@@ -38,9 +38,9 @@ from bench.ceilings import machine, read_ceiling
 DESCRIPTION = """\
 Benchmarks of fastnewton.
 
-Without a sub-command, in at most 3 minutes on 2 cores: what this machine can do, the step's time beside the
-memory floor and what one would write instead, training over 4 MPI ranks, and the quadratic regime.  Every run
-writes a page in HTML and Markdown, a JSON file with all figures, and plots; this one ends with the report.
+Without a sub-command, in at most 3 minutes on 2 cores with the bundled digits: what this machine can do, the step's
+time beside the memory floor and what one would write instead, training over 4 MPI ranks, and the quadratic regime.
+Every run writes a page in HTML and Markdown, a JSON file with all figures, and plots; this one ends with the report.
 """
 PEERS = """\
 The step against the roofline of this machine and against NumPy, SciPy, PyTorch and JAX (where installed), shape by
@@ -433,7 +433,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_readme(parser: argparse.ArgumentParser) -> None:
-    told = "also keep this machine's results under bench/results/ and rewrite README's table of all kept there"
+    told = "also keep this machine's results under bench/results/ and rewrite README's table and picture from them"
     parser.add_argument("--readme", action="store_true", help=told)
 
 

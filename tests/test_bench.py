@@ -21,6 +21,7 @@ from bench import (
     compare,
     descent,
     exchange,
+    kept,
     network,
     peers,
     plots,
@@ -441,10 +442,40 @@ def test_training_runs_over_ranks_and_writes_what_it_says(tmp_path, run_python):
         assert name in said.replace("\n", "")
 
 
-def test_peers_are_compared_and_written(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_ceilings(monkeypatch):
     monkeypatch.setattr(compare, "read_ceiling", lambda: ceilings.ReadCeiling(size=1 << 20, rounds=1))
     monkeypatch.setattr(compare, "gemm_ceiling", lambda dtype: ceilings.GemmCeiling(dtype, size=64))
     monkeypatch.setattr("bench.__main__.read_ceiling", lambda: None)
+
+
+def test_the_main_job_measures_trains_on_given_data_and_ends_with_the_report(
+    tmp_path, monkeypatch, small_ceilings, bundled
+):
+    images = np.kron(bundled.images[:300].reshape(-1, 8, 8), np.ones((4, 4)))[:, 2:-2, 2:-2]
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(_idx((255 * images).astype("u1"), 8))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(_idx(bundled.labels[:300].astype("u1"), 8))
+    monkeypatch.setattr(compare, "curve", lambda largest: [compare.Shape(8, 650), compare.Shape(8, 4096)])
+    monkeypatch.setattr(peers, "QUICK", ("NumPy, BLAS",))
+    out = tmp_path / "out"
+    main(["--quick", "--data", str(tmp_path), "--evaluations", "20", "--ranks", "2", "--out", str(out)])
+    found = json.loads((out / "bench.json").read_text())
+    assert [row["n"] for row in found["steps"]] == [650, 4096]
+    assert str(tmp_path) in found["command"]
+    for method in found["training"]["methods"]:
+        assert method["gradient_norms"][-1] < method["gradient_norms"][0]
+    for name in ("bench.html", "report.html", "step_time.png", "training.png"):
+        assert (out / name).stat().st_size > 1000
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(kept, "README", tmp_path / "README.md")
+    kept.README.write_text(f"{kept.BEGIN}\n{kept.END}\n")
+    main(["report", "--readme", "--out", str(out)])
+    (copy,) = tmp_path.glob("results/*/bench.json")
+    assert json.loads(copy.read_text()) == found
+    assert (tmp_path / "results" / "step_time.png").read_bytes() == (out / "step_time.png").read_bytes()
+
+
+def test_peers_are_compared_and_written(tmp_path, monkeypatch, small_ceilings, capsys):
     monkeypatch.setattr(short, "_start", lambda **env: ([0.1, 0.2, 30.0 if env else 0.3, 4.0], []))
     monkeypatch.setattr(short, "THREADED", (1 << 10, 1 << 16))
     main(["peers", "--shapes", "small", "--rounds", "3", "--peers", "numpy", "--out", str(tmp_path)])
@@ -485,6 +516,11 @@ def test_a_peer_that_does_not_work_or_is_wrong_is_named_with_the_reason(monkeypa
     assert errors["wrong"] > peers.TOLERANCE_OF_PEERS
     assert left_out["broken"] == "OSError: no compiler"
     assert left_out["wrong"].startswith("wrong by")
+
+
+def test_the_spread_of_few_samples_says_how_many_and_that_of_one_is_none():
+    samples = (timing.Sample(seconds).as_dict() for seconds in ((1.0,), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0)))
+    assert [report.spread(sample) for sample in samples] == ["– of 1", "50 % of 3", "60 %"]
 
 
 def test_the_shapes_where_a_peer_is_as_fast_are_said():
