@@ -457,6 +457,7 @@ def test_the_main_job_measures_trains_on_given_data_and_ends_with_the_report(
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(_idx(bundled.labels[:300].astype("u1"), 8))
     monkeypatch.setattr(compare, "curve", lambda largest: [compare.Shape(8, 650), compare.Shape(8, 4096)])
     monkeypatch.setattr(peers, "QUICK", ("NumPy, BLAS",))
+    monkeypatch.setitem(plots.STYLE, "figure.dpi", 30)  # drawn sooner
     out = tmp_path / "out"
     main(["--quick", "--data", str(tmp_path), "--evaluations", "20", "--ranks", "2", "--out", str(out)])
     found = json.loads((out / "bench.json").read_text())
@@ -467,12 +468,9 @@ def test_the_main_job_measures_trains_on_given_data_and_ends_with_the_report(
     for name in ("bench.html", "report.html", "step_time.png", "training.png"):
         assert (out / name).stat().st_size > 1000
     monkeypatch.setattr(kept, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(kept, "README", tmp_path / "README.md")
-    kept.README.write_text(f"{kept.BEGIN}\n{kept.END}\n")
-    main(["report", "--readme", "--out", str(out)])
-    (copy,) = tmp_path.glob("results/*/bench.json")
-    assert json.loads(copy.read_text()) == found
-    assert (tmp_path / "results" / "step_time.png").read_bytes() == (out / "step_time.png").read_bytes()
+    copies = kept.keep({"bench": out / "bench.json"})
+    assert copies == [kept.folder(found["machine"]) / "bench.json", tmp_path / "results" / "step_time.png"]
+    assert [copy.read_bytes() for copy in copies] == [(out / copy.name).read_bytes() for copy in copies]
 
 
 def test_peers_are_compared_and_written(tmp_path, monkeypatch, small_ceilings, capsys):
