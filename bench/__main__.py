@@ -38,9 +38,9 @@ from bench.ceilings import machine, read_ceiling
 DESCRIPTION = """\
 Benchmarks of fastnewton.
 
-Without a sub-command, in at most 3 minutes on 2 cores: what this machine can do, the step's time beside the
-memory floor and what one would write instead, training over 4 MPI ranks, and the quadratic regime.  Every run
-writes a page in HTML and Markdown, a JSON file with all figures, and plots; this one ends with the report.
+Without a sub-command, in at most 3 minutes on 2 cores with the bundled digits: what this machine can do, the step's
+time beside the memory floor and what one would write instead, training over 4 MPI ranks, and the quadratic regime.
+Every run writes a page in HTML and Markdown, a JSON file with all figures, and plots; this one ends with the report.
 """
 PEERS = """\
 The step against the roofline of this machine and against NumPy, SciPy, PyTorch and JAX (where installed), shape by
@@ -77,7 +77,7 @@ minutes; with --quick less than 2.
 """
 REGRESSION = """\
 Runs the benchmarks of `pytest bench --benchmark-only` and compares them, as ratios of time to roofline, with the
-baseline of this CPU under bench/results/, and bytes, rows held and messages with those of all machines.  Ends with
+baseline of this CPU under bench/results/, and bytes, memory held and messages with those of all machines.  Ends with
 status 1 where something is slower or moves more.  Half a minute; with --quick only what takes 1.5 times the baseline is
 too slow; with --update, 3 minutes on an idle machine, what is measured now is the baseline.
 """
@@ -199,7 +199,7 @@ def run_regression(options: argparse.Namespace, console: Console) -> None:
         _say_written(console, regression.update())
         return
     verdicts = regression.guard(*regression.read(), quick=options.quick)
-    regression.table(verdicts).print(console)
+    _finish(options, console, "regression", {"verdicts": verdicts})
     raise SystemExit(int(any(one.failed for one in verdicts)))
 
 
@@ -227,7 +227,7 @@ def _overview(found: dict, folder: Path) -> list[page.Part]:
 def _peers(found: dict, folder: Path) -> list[page.Part]:
     rows, targets = found["steps"], report.targets(found["steps"])
     parts = [report.machine(found["machine"], rows), report.losses(rows), *([targets] if targets.rows else [])]
-    microseconds = [short.table(found["short"])] if "short" in found else []
+    microseconds = [short.table(found["short"]), short.threads_table(found["short"])] if "short" in found else []
     return [*parts, report.steps(rows), *microseconds, *report.on_device(found["gpu"])]
 
 
@@ -261,6 +261,10 @@ def _scaling(found: dict, folder: Path) -> list[page.Part]:
     ]
 
 
+def _regression(found: dict, folder: Path) -> list[page.Part]:
+    return [regression.table([regression.Verdict(*one) for one in found["verdicts"]])]
+
+
 def _figure1(found: dict, folder: Path) -> list[page.Part]:
     picture = report.Picture("The paper's experiment", plots.figure1(found, folder))
     return [claims.table(found), picture, claims.settings(found)]
@@ -279,6 +283,7 @@ PARTS: dict[str, Callable[[dict, Path], list[page.Part]]] = {
     "train": _training,
     "figure1": _figure1,
     "regimes": _regimes,
+    "regression": _regression,
 }
 DEFAULTS = {
     "run": run_all,
@@ -428,7 +433,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_readme(parser: argparse.ArgumentParser) -> None:
-    told = "also keep this machine's results under bench/results/ and rewrite README's table of all kept there"
+    told = "also keep this machine's results under bench/results/ and rewrite README's table and picture from them"
     parser.add_argument("--readme", action="store_true", help=told)
 
 

@@ -70,6 +70,13 @@ WRITE = Model(("a", "b·mn", "d·m³"))
 WRITE_OF_ALL = Model(tuple(TERMS))
 
 
+def farthest(found: dict[str, dict], part: str) -> tuple[dict, str]:
+    """The fit of a pass beyond the cache, or of one within it and words that say so where no point was larger."""
+    if beyond := found.get(f"{part}, beyond"):
+        return beyond, ""
+    return found[f"{part}, in cache"], " within the cache (too few shapes were beyond it to be fitted)"
+
+
 def _least_squares(columns: np.ndarray) -> np.ndarray:
     scale = np.linalg.norm(columns, axis=0)
     scale[scale == 0] = 1

@@ -5,20 +5,23 @@ import re
 import shutil
 from pathlib import Path
 
-from bench.report import ROOT, Table, milliseconds
+from bench import fits
+from bench.report import ABOVE, ROOT, Table, ceilings, milliseconds, spread
 
 FOLDER, README = ROOT / "bench" / "results", ROOT / "README.md"
-KEPT = ("peers", "scaling")
+KEPT, PICTURE = ("bench", "peers", "scaling"), "step_time.png"  # drawn from bench.json, shown in README
 BEGIN, END = "<!-- measured: python -m bench report --readme -->", "<!-- end of measured -->"
 
 
 def keep(files: dict[str, Path]) -> list[Path]:
-    """Copy the results to the folder of the machine that they name; the copies."""
+    """Copy the results to the folder of the machine that they name, and README's picture; the copies."""
     copies = []
     for file in (file for name, file in files.items() if name in KEPT):
         target = folder(json.loads(file.read_text())["machine"])
         target.mkdir(exist_ok=True, parents=True)
         copies.append(Path(shutil.copy(file, target / file.name)))
+        if file == files.get("bench"):
+            copies.append(Path(shutil.copy(file.with_name(PICTURE), FOLDER)))
     return copies
 
 
@@ -61,18 +64,22 @@ def _peers(found: dict) -> Table:
         peer, ratio = row["best_peer"] or "", row["ratios"].get("best peer")
         share = f"{100 * row['ratios']['roofline']:.0f} %"
         taken = row["step"]["median"]
-        cells = (milliseconds(taken), f"{row['bytes'] / taken / 1e9:.1f}", share, peer, f"{ratio:.1f}" if ratio else "")
-        lines.append((row["shape"], *cells))
+        ours = (milliseconds(taken), spread(row["step"]), f"{row['bytes'] / taken / 1e9:.1f}", ceilings(row), share)
+        theirs = (peer, spread(row["others"][peer]), f"{ratio:.1f}") if peer else ("", "", "")
+        lines.append((row["shape"], *ours, *theirs))
     title = f"{machine['cpu']}, {machine['cores']} cores"
-    note = f"{title}; `{found['command']}`: medians; times faster than the best peer of the same run."
-    return Table(title, (title, "ms", "GB/s", "of roofline", "best peer", "times faster"), lines, note)
+    note = (
+        f"{title}; `{found['command']}`: medians, the distance of their quartiles (of few samples with their number), "
+        f"ceilings in GB/s and GFLOP/s; times faster than the best peer of the same run. {ABOVE}"
+    )
+    columns = (title, "ms", "spread", "GB/s", "ceilings", "of roofline", "best peer", "its spread", "times faster")
+    return Table(title, columns, lines, note)
 
 
 def _scaling(found: dict) -> str:
-    fits = found["fits"]
-    gram = fits.get("gram, beyond") or fits["gram, in cache"]
+    gram, where = fits.farthest(found["fits"], "gram")
     value, low, high = ("∞" if number is None else f"{number:.0f}" for number in gram["crossover"])
     return (
-        f"In one process gram's m²n overtakes mn at m ≈ {value} (95 %: {low} to {high}; `{found['command']}`); "
+        f"In one process gram's m²n overtakes mn at m ≈ {value}{where} (95 %: {low} to {high}; `{found['command']}`); "
         "sharded, a rank's work is O(m³ + mn)."
     )

@@ -5,13 +5,13 @@ of its ceilings, all from one process and timed in turn.  Others on a machine sl
 least times are the machine's, and what throttles them all cancels.  A benchmark beyond its limit is run again, and
 counts as too slow when ATTEMPTS runs say so.  The baseline is the least ratio of BASELINE_RUNS runs.  The largest that
 the least of ATTEMPTS among these can be, the third smallest of five, is the spread; SLACK beyond it is the limit.
+A baseline whose limit is 25 % or more beyond it is not written.
 
-What does not depend on time (bytes, rows held, messages) is compared with `results/invariants.json`, which is the same
-for all machines, and counts at once.
+What does not depend on time (bytes, memory held, messages) is compared with `results/invariants.json`, which is the
+same for all machines, and counts at once.
 """
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -36,7 +36,7 @@ from bench.timing import Sample, interleaved
 from fastnewton.arrays import Rows, aligned
 
 BENCHMARKS, INVARIANTS = "bench/test_speed.py", kept.FOLDER / "invariants.json"
-SLACK = 0.1  # what is 25 % slower is beyond it where runs of unchanged code differ by less than 13 %
+SLACK, MOST_MARGIN = 0.1, 0.25  # so that runs of unchanged code may differ by 13 %
 QUICK_MARGIN = 0.5
 THREADED = ("test_threaded_step",)  # what quick leaves out: a busy machine rarely has all cores to spare
 ATTEMPTS = 3
@@ -46,7 +46,7 @@ MOST_ROUNDS = 10_000
 FIRST_LEVEL, MULTIPLIED = 1 << 14, 64  # bytes read, rows of matrices, in the first-level cache; BLAS takes one thread
 CACHED = 1 << 24  # bytes; what is longer is compared with as long a read, since it may come from memory
 LEAST_READ = 1 << 18  # bytes, for a call to be much longer than its overhead
-SCRATCH = 1 << 20  # bytes; what kernels take beside rows stays below
+COARSE = 30_000  # bytes; versions of Python and NumPy differ by less
 
 
 # -- one benchmark ------------------------------------------------------------------------------------------
@@ -103,21 +103,22 @@ def record(
     benchmark.extra_info.update(roofline=roofline, ratio=min(seconds) / roofline, invariants=invariants)
 
 
-def invariants_of(task: Callable, n: int = 0) -> dict:
-    """Bytes of the caller's rows that one call hands to each kernel, and how many rows of n float32 it holds at most.
+def invariants_of(task: Callable) -> dict:
+    """Bytes of the caller's rows that one call hands to each kernel, and how much it holds at most, in units of COARSE.
 
     With one thread, since there are more parts of K with more.
     """
     with threads.set_thread_limit(1):
         with handed_to_kernels() as handed:
             task()
+        task()  # loads code
         tracemalloc.start()
         try:
             task()
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    return {"bytes": dict(handed), "rows held": peak // max(4 * n, SCRATCH)}
+    return {"bytes": dict(handed), f"peak // {COARSE}": peak // COARSE}
 
 
 @contextmanager
@@ -126,11 +127,14 @@ def handed_to_kernels() -> Iterator[Counter]:
     handed = Counter()
 
     def counted(name: str, kernel: Callable, *given: Any, **named: Any) -> Any:
-        handed[name] += sum(one.nbytes for one in (*given, *named.values()) if isinstance(one, Rows))
+        rows = [one for one in (*given, *named.values()) if isinstance(one, Rows)]
+        if name == "step_of_arrays":
+            rows = given[:3]
+        handed[name.removesuffix("_of_arrays")] += sum(one.nbytes for one in rows)
         return kernel(*given, **named)
 
     with ExitStack() as stack:
-        for name in ("gram", "joint_gram", "combine", "step"):
+        for name in ("gram", "joint_gram", "combine", "step", "step_of_arrays"):
             stack.enter_context(mock.patch.object(cpu, name, partial(counted, name, getattr(cpu, name))))
         yield handed
 
@@ -139,17 +143,17 @@ def handed_to_kernels() -> Iterator[Counter]:
 
 
 class Verdict(NamedTuple):
-    """A benchmark's least ratio, that of the baseline, its limit (inf without a baseline), and what else is wrong."""
+    """A benchmark's least ratio, that of the baseline and its limit, where there is one, and what else is wrong."""
 
     name: str
-    ratio: float
+    ratio: float | None
     baseline: float | None
-    limit: float
+    limit: float | None
     broken: str = ""
 
     @property
     def failed(self) -> bool:
-        return self.ratio > self.limit or bool(self.broken)
+        return bool(self.broken) or (self.limit is not None and self.ratio > self.limit)
 
 
 def run(names: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, dict]:
@@ -177,7 +181,7 @@ def guard(baseline: Mapping, expected: Mapping, names: Iterable[str] = (), *, qu
         if not left:
             break
     wanted = names or [name for name in expected if name.partition("[")[0] not in left_out]
-    gone = [Verdict(name, math.nan, None, math.inf, "was not run") for name in wanted if name not in verdicts]
+    gone = [Verdict(name, None, None, None, "was not run") for name in wanted if name not in verdicts]
     return [*verdicts.values(), *gone]
 
 
@@ -186,7 +190,7 @@ def judge(found: Mapping[str, dict], baseline: Mapping, expected: Mapping, quick
     verdicts = []
     for name, info in found.items():
         known, seen, wanted = baseline.get(name), info["invariants"], expected.get(name, {})
-        limit = known["ratio"] * (1 + (QUICK_MARGIN if quick else known["margin"])) if known else math.inf
+        limit = known["ratio"] * (1 + (QUICK_MARGIN if quick else known["margin"])) if known else None
         wrong = [key for key in sorted(seen.keys() | wanted.keys()) if seen.get(key) != wanted.get(key)]
         broken = "; ".join(f"{key}: {seen.get(key)}, expected {wanted.get(key)}" for key in wrong)
         verdicts.append(Verdict(name, info["ratio"], known and known["ratio"], limit, broken))
@@ -205,8 +209,11 @@ def baseline_of(runs: list[Mapping[str, dict]]) -> dict[str, dict]:
 def update() -> list[Path]:
     """Write the baseline of this CPU and the invariants; the files."""
     runs = [run() for _ in range(BASELINE_RUNS)]
+    ratios = baseline_of(runs)
+    if wide := [f"{name} ({known['margin']:.2f})" for name, known in ratios.items() if known["margin"] >= MOST_MARGIN]:
+        raise SystemExit(f"nothing written: margins of {MOST_MARGIN} and more, try an idle machine: {', '.join(wide)}")
     written = {
-        _baseline_file(): {"machine": _this_machine(), "ratios": baseline_of(runs)},
+        _baseline_file(): {"machine": _this_machine(), "ratios": ratios},
         INVARIANTS: {name: info["invariants"] for name, info in runs[0].items()},
     }
     for file, content in written.items():
@@ -237,6 +244,6 @@ def table(verdicts: list[Verdict]) -> Table:
     for one in verdicts:
         known = (f"{one.baseline:.3g}", f"{one.limit:.3g}") if one.baseline else ("none", "")
         said = one.broken or ("TOO SLOW" if one.failed else "as it was")
-        rows.append((one.name, f"{one.ratio:.3g}", *known, said))
+        rows.append((one.name, f"{one.ratio:.3g}" if one.ratio else "", *known, said))
     note = f"Ratio: least time over roofline time; the least of up to {ATTEMPTS} runs where one was beyond the limit."
     return Table("Speed and invariants", ("benchmark", "ratio", "baseline", "limit", "verdict"), rows, note)

@@ -10,6 +10,11 @@ from rich.table import Table as RichTable
 
 from bench.quadratic import TARGET_ORDER
 
+FEW = 3  # samples whose number is told
+ABOVE = (
+    "A share of the roofline may exceed 100 %: its ceilings are medians of the same run, the speed of a host varies, "
+    "and short arrays stay in the cache."
+)
 LONG = 60  # characters of a first column that may be broken into lines
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "bench" / "out"
@@ -99,8 +104,9 @@ def steps(rows: list[dict]) -> Table:
         for name in sorted(timed, key=lambda name: timed[name]["median"]):
             taken, held = timed[name]["median"], row["memory"].get(name)
             cells = (
-                f"{100 * timed[name]['spread']:.0f} %",
+                spread(timed[name]),
                 f"{row['bytes'] / taken / 1e9:.1f}",
+                ceilings(row),
                 f"{100 * row['roofline'] / taken:.0f} %",
                 f"{taken / row['step']['median']:.2f}",
                 "" if held is None else f"{held / 1e6:,.1f}",
@@ -108,13 +114,25 @@ def steps(rows: list[dict]) -> Table:
             lines.append((row["shape"], name, milliseconds(taken), *cells))
     left_out = {f"{name} ({why})" for row in rows for name, why in row["left_out"].items()}
     note = (
-        "Medians of interleaved rounds, each in another order; the spread is the distance of the quartiles. GB/s: the "
-        "bytes that a step must move over the time. Peak: MB beside the arrays handed in, during one call. Every "
-        "result was checked against float64 first. The roofline is that of memory: arrays in the cache may be faster."
+        "Medians of interleaved rounds, each in another order; the spread is the distance of the quartiles, of few "
+        "samples with their number. GB/s: the bytes that a step must move over the time; ceilings: GB/s that are read, "
+        "GFLOP/s of a matrix product. Peak: MB beside the arrays handed in, during one call. Every result was checked "
+        f"against float64 first. {ABOVE}"
     )
     note += f" Not timed: {'; '.join(sorted(left_out))}." if left_out else ""
-    columns = ("shape", "", "ms", "spread", "GB/s", "of roofline", "time /ours", "peak MB")
+    columns = ("shape", "", "ms", "spread", "GB/s", "ceilings", "of roofline", "time /ours", "peak MB")
     return Table("The step and its peers", columns, lines, note)
+
+
+def spread(sample: dict) -> str:
+    """Of one sample there is none."""
+    told = f"{100 * sample['spread']:.0f} %" if sample["samples"] > 1 else "–"
+    return told if sample["samples"] > FEW else f"{told} of {sample['samples']}"
+
+
+def ceilings(row: dict) -> str:
+    """What the step is held to: GB/s that are read and GFLOP/s that are multiplied."""
+    return f"{row['bandwidth'] / 1e9:.1f}, {row['flops_per_second'] / 1e9:.0f}"
 
 
 def losses(rows: list[dict]) -> Words:
@@ -136,8 +154,8 @@ def targets(rows: list[dict]) -> Table:
         if row["target"]:
             ratio = row["ratios"].get(row["target_ratio"])
             verdict = {True: "reached", False: "NOT reached", None: "no peer"}[row["reached"]]
-            spread = f"{100 * row['step']['spread']:.0f} %"
-            lines.append((row["shape"], row["target"], f"{ratio:.2f}" if ratio else "", spread, verdict))
+            measured = f"{ratio:.2f}" if ratio else ""
+            lines.append((row["shape"], row["target"], measured, spread(row["step"]), verdict))
     note = (
         "roofline/0.75: at most the roofline time divided by 0.75; 4.5 × best peer: at least 4.5 times faster. "
         "The spread is that of the step: the distance of its quartiles."

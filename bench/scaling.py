@@ -20,7 +20,7 @@ WRITES = (2, 8, 32, 128, 512)
 FILLING = 1 << 33  # of m²n, and
 EIGENPROBLEMS = 1 << 36  # of m⁴: what handing in the first row of every worker may cost
 CHECKED = 1 << 22  # up to this m·n a result is checked against the reference before it is timed
-BEYOND = 4  # times the last-level cache: from there on a pass counts as one over memory
+BEYOND = 4  # times compare.own_cache, or the L2 cache of a device: from there on a pass counts as one over memory
 PARTS = ("gram", "combine", "spectrum")
 SCALES = {"a": 1e6, "b·mn": 1e12, "c·m²n": 1e12, "d·m³": 1e12}  # of the factors in the table
 RANKS_N = 1 << 22
@@ -53,7 +53,9 @@ def side(kind: str) -> Side:
     """The "cpu", or the "cuda" device."""
     if kind == "cpu":
         read = ceilings.read_ceiling()
-        return Side(kind, ceilings.cpu_name(), peers.workers, read, read.bytes, compare.last_level_cache())
+        return Side(kind, ceilings.cpu_name(), peers.workers, read, read.bytes, compare.own_cache())
+    if not gpu.available():
+        raise SystemExit("--device cuda needs CuPy and a CUDA device: pip install 'fastnewton[cuda13]'")
     found = gpu.device()
     rows = (lambda m, n: gpu.workers(gpu.Case(m, n)), gpu.copy(), 2 * gpu.COPIED)
     return Side(kind, found["device"], *rows, found["l2"], gpu.settle)
@@ -138,7 +140,7 @@ def _points(rows: list[dict], part: str) -> np.ndarray:
 
 def predicted(found: dict[str, dict], part: str, m: int, n: int) -> float:
     """Seconds of gram or combine by its model, beyond the cache where there is one."""
-    fit, model = found.get(f"{part}, beyond") or found[f"{part}, in cache"], {"gram": fits.GRAM}.get(part, fits.COMBINE)
+    fit, model = fits.farthest(found, part)[0], {"gram": fits.GRAM}.get(part, fits.COMBINE)
     factors = np.array([fit["factors"][term][0] for term in model.terms])
     return float(model.seconds(factors, *np.array([[m], [n]], float))[0])
 
@@ -172,9 +174,9 @@ def fits_table(found: dict[str, dict]) -> Table:
     note = f"t = {'; '.join(f'{model} ({part})' for model, part in models.items())}. "
     note += (
         "Non-negative least squares on relative errors; in brackets 95 % intervals by bootstrap. In cache: the bytes "
-        f"of the pass fit the last-level cache; beyond: they are at least {BEYOND} times that. Errors in %. Left out: "
-        "root mean square of the relative errors at points left out of the fit, one at a time; additive: the same "
-        "where mn and m²n terms are added up."
+        f"of the pass fit this process's share of the last-level cache; beyond: they are at least {BEYOND} times that. "
+        "Errors in %. Left out: root mean square of the relative errors at points left out of the fit, one at a time; "
+        "additive: the same where mn and m²n terms are added up."
     )
     columns = ("part", "a, µs", "b, ps", "c, ps", "d, ps", "points", "median", "largest", "left out", "additive")
     return Table("The parts of a step over m and n: models", columns, lines, note)
@@ -237,15 +239,16 @@ def answer(found: dict[str, dict], rows: list[dict], cubes: list[dict]) -> Words
 
 
 def _of_one_process(found: dict[str, dict], rows: list[dict]) -> str:
-    gram = found.get("gram, beyond") or found["gram, in cache"]
+    gram, where = fits.farthest(found, "gram")
     row = max(rows, key=lambda row: (row["m"], row["n"]))
     ratio = row["seconds"]["gram"] * row["bandwidth"] / roofline.gram(row["m"], row["n"], 4).bytes
     larger, added = (gram["left out"][str(model)] for model in (fits.GRAM, fits.ADDITIVE))
     better = "better" if larger < added else "worse"
     return (
         "In one process as long as memory is the limit: gram's m²n overtakes mn at "
-        f"m = {_interval(gram['crossover'])}, and at m = {row['m']}, n = {row['n']:,} gram takes {ratio:.1f} times "
-        f"what reading its bytes takes. max(b·mn, c·m²n) predicts points left out {better} than the sum does."
+        f"m = {_interval(gram['crossover'])}{where}, and at m = {row['m']}, n = {row['n']:,} gram takes "
+        f"{ratio:.1f} times what reading its bytes takes. max(b·mn, c·m²n) predicts points left out {better} than the "
+        "sum does."
     )
 
 

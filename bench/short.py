@@ -1,14 +1,18 @@
 """Where the microseconds of a short step go, and how soon the first one is done."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from unittest import mock
 
 import numpy as np
-from fastnewton.kernels import spectrum
+from fastnewton.kernels import cpu, spectrum, threads
 
 import fastnewton as fn
 from bench import peers
@@ -18,22 +22,28 @@ from fastnewton import arrays, host
 from fastnewton.method import Options
 
 M, LENGTHS = 8, (650, 16_384)
+THREADED = tuple(1 << k for k in range(10, 17))
 PAUSE = 0.01  # seconds, after which helping threads are asleep
 STARTS = 5
 START = """
-import json, time
+import json, sys, time
 start = time.perf_counter()
 import numpy, numba
 libraries = time.perf_counter()
 import fastnewton as fn
 imported = time.perf_counter()
-fn.step(*numpy.random.default_rng(0).standard_normal((2, 8, 650), dtype=numpy.float32), lr=1.0)
-print(json.dumps([libraries - start, imported - libraries, time.perf_counter() - imported]))
+rows = numpy.random.default_rng(0).standard_normal((2, 8, 650), dtype=numpy.float32)
+fn.step(*rows, lr=1.0)
+first = time.perf_counter()
+fn.step(*rows[:, :7], lr=1.0)
+taken = [libraries - start, imported - libraries, first - imported, time.perf_counter() - first]
+print(json.dumps([taken, sorted({"cupy", "jax", "mpi4py", "torch"} & sys.modules.keys())]))
 """
 
 
 def measure(rounds: int) -> dict:
-    """Seconds of the parts of a step, by library and n; of importing NumPy and Numba, fastnewton, and a first step."""
+    """Seconds of the parts of a step, by library and n; of steps on one thread and on all; of `starts`, and of one with
+    an empty cache."""
     libraries = {"NumPy": np.asarray}
     if find_spec("torch"):
         import torch
@@ -44,14 +54,39 @@ def measure(rounds: int) -> dict:
         for n in LENGTHS
         for name, convert in libraries.items()
     }
-    return {"parts": parts, "start": np.median(starts(), axis=0).tolist()}
+    with tempfile.TemporaryDirectory() as empty:
+        cold, _ = _start(NUMBA_CACHE_DIR=empty)
+    return {"parts": parts, "threads": _threads(rounds), "start": np.median(starts()[0], axis=0).tolist(), "cold": cold}
 
 
-def starts() -> list[list[float]]:
-    """Seconds of importing NumPy and Numba, fastnewton, and of a first step, in STARTS processes with warm caches."""
+def starts() -> tuple[list[list[float]], list[str]]:
+    """Seconds of importing NumPy and Numba, fastnewton, of a first step and of one with another m, in STARTS processes
+    with warm caches, and which of the optional libraries that loads."""
+    taken, loaded = zip(*[_start() for _ in range(1 + STARTS)][1:], strict=True)
+    return list(taken), loaded[0]
+
+
+def _start(**env: str) -> tuple[list[float], list[str]]:
     command = [sys.executable, "-c", START]
-    told = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(1 + STARTS)]
-    return [json.loads(each) for each in told[1:]]
+    return json.loads(subprocess.run(command, env=os.environ | env, capture_output=True, text=True, check=True).stdout)
+
+
+def _threads(rounds: int) -> dict[str, dict[int, float]]:
+    """Seconds of a step on one thread and on all of them, whatever its length, by n."""
+    found = {"one thread": {}, "all threads": {}}
+    counts = dict(zip(found, (1, threads.thread_count()), strict=True))
+    with mock.patch.object(cpu, "THREADED_BYTES", 0):
+        for n in THREADED:
+            step = peers.fastnewton(*peers.workers(M, n))
+            tasks = {name: partial(_limited, count, step) for name, count in counts.items()}
+            for name, sample in interleaved(tasks, rounds=rounds).items():
+                found[name][n] = sample.median
+    return found
+
+
+def _limited(count: int, step: Callable[[], object]) -> None:
+    with threads.set_thread_limit(count):
+        step()
 
 
 def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
@@ -73,6 +108,8 @@ def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
     found = {name: sample.median for name, sample in interleaved(tasks, rounds=rounds).items()}
     whole, *taken = found.values()
     found["between these"] = whole - sum(taken[:-1])
+    guarded = {"the step with Safeguards": lambda: fn.step(thetas, grads, lr=1.0, out=out, safeguards=fn.Safeguards())}
+    found |= {name: sample.median for name, sample in interleaved(guarded, rounds=rounds).items()}
     return found | {f"the step after {PAUSE * 1e3:.0f} ms": _after_pause(tasks["the whole step"])}
 
 
@@ -88,13 +125,28 @@ def _after_pause(step: Callable[[], object]) -> float:
 
 def table(found: dict) -> Table:
     """Microseconds."""
-    parts, (libraries, own, first) = found["parts"], found["start"]
+    parts, (libraries, own, first, _), (_, _, cold, another) = found["parts"], found["start"], found["cold"]
     names = next(iter(parts.values()))
     rows = [(name, *(f"{1e6 * column[name]:.1f}" for column in parts.values())) for name in names]
     note = (
         f"Microseconds, m = {M}, float32, medians of rounds in turn, `out` reused. After a pause caches are colder, "
-        "the core has slowed down, and other threads sleep. Importing NumPy and Numba takes "
+        "the core has slowed down, and other threads sleep. NumPy arrays of 32 and 64 bits are taken in by the "
+        "compiled step itself: the parts are those of other arrays, and do not add up. Importing NumPy and Numba takes "
         f"{1e3 * libraries:.0f} ms, fastnewton {1e3 * own:.0f} ms more, a first step from the disk cache "
-        f"{1e3 * first:.0f} ms."
+        f"{1e3 * first:.0f} ms. With an empty cache it compiles for {cold:.0f} s, and another m for {another:.1f} s."
     )
     return Table("Where the microseconds go", ("part", *parts), rows, note)
+
+
+def threads_table(found: dict) -> Table:
+    """Microseconds on one thread and on all, and from which n on all are faster."""
+    one, every = (list(found["threads"][name].values()) for name in ("one thread", "all threads"))
+    slower = [k for k, (alone, together) in enumerate(zip(one, every, strict=True)) if together >= alone]
+    first = slower[-1] + 1 if slower else 0
+    crossover = f"from n = {THREADED[first]:,} on" if first < len(THREADED) else "at none of these n"
+    rows = [(name, *(f"{1e6 * taken:.1f}" for taken in times.values())) for name, times in found["threads"].items()]
+    note = (
+        f"Microseconds, NumPy arrays, m = {M}. All threads are faster {crossover}; the step takes them where an array "
+        f"has {cpu.THREADED_BYTES >> 10} KiB, n = {cpu.THREADED_BYTES // (4 * M):,} here."
+    )
+    return Table("One thread or all", ("", *(f"n = {n:,}" for n in THREADED)), rows, note)

@@ -22,6 +22,7 @@ from bench import (
     compare,
     descent,
     exchange,
+    kept,
     network,
     peers,
     plots,
@@ -30,6 +31,7 @@ from bench import (
     regression,
     report,
     roofline,
+    short,
     timing,
     train,
 )
@@ -63,12 +65,15 @@ def test_roofline_time_is_the_sum_over_the_passes_of_the_slower_resource():
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_step_hands_its_kernels_the_bytes_that_the_roofline_counts(rng, dtype):
-    """One call of gram with the gradients; one of combine with parameters, gradients and the result."""
+    """One call of gram with the gradients; one of combine with parameters, gradients and the result; or both in one."""
     m, n = 5, 3000
     thetas, grads = rng.standard_normal((2, m, n)).astype(dtype)
     with regression.handed_to_kernels() as handed:
         fn.combine(thetas, grads, fn.spectrum(fn.gram(grads)).coefficients, lr=1.0)  # which is what a step is
     assert handed == {name: getattr(roofline, name)(m, n, thetas.itemsize).bytes for name in ("gram", "combine")}
+    with regression.handed_to_kernels() as handed:
+        fn.step(thetas, grads, lr=1.0)
+    assert handed == {"step": roofline.combine(m, n, thetas.itemsize).bytes}  # each array once
 
 
 def test_ceilings_count_what_they_do():
@@ -461,10 +466,40 @@ def test_training_runs_over_ranks_and_writes_what_it_says(tmp_path, run_python):
         assert name in said.replace("\n", "")
 
 
-def test_peers_are_compared_and_written(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_ceilings(monkeypatch):
     monkeypatch.setattr(compare, "read_ceiling", lambda: ceilings.ReadCeiling(size=1 << 20, rounds=1))
     monkeypatch.setattr(compare, "gemm_ceiling", lambda dtype: ceilings.GemmCeiling(dtype, size=64))
     monkeypatch.setattr("bench.__main__.read_ceiling", lambda: None)
+
+
+def test_the_main_job_measures_trains_on_given_data_and_ends_with_the_report(
+    tmp_path, monkeypatch, small_ceilings, bundled
+):
+    images = np.kron(bundled.images[:300].reshape(-1, 8, 8), np.ones((4, 4)))[:, 2:-2, 2:-2]
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(_idx((255 * images).astype("u1"), 8))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(_idx(bundled.labels[:300].astype("u1"), 8))
+    monkeypatch.setattr(compare, "curve", lambda largest: [compare.Shape(8, 650), compare.Shape(8, 4096)])
+    monkeypatch.setattr(peers, "QUICK", ("NumPy, BLAS",))
+    monkeypatch.setitem(plots.STYLE, "figure.dpi", 30)  # drawn sooner
+    out = tmp_path / "out"
+    main(["--quick", "--data", str(tmp_path), "--evaluations", "20", "--ranks", "2", "--out", str(out)])
+    found = json.loads((out / "bench.json").read_text())
+    assert [row["n"] for row in found["steps"]] == [650, 4096]
+    assert str(tmp_path) in found["command"]
+    for method in found["training"]["methods"]:
+        assert method["gradient_norms"][-1] < method["gradient_norms"][0]
+    for name in ("bench.html", "report.html", "step_time.png", "training.png"):
+        assert (out / name).stat().st_size > 1000
+    monkeypatch.setattr(kept, "FOLDER", tmp_path / "results")
+    copies = kept.keep({"bench": out / "bench.json"})
+    assert copies == [kept.folder(found["machine"]) / "bench.json", tmp_path / "results" / "step_time.png"]
+    assert [copy.read_bytes() for copy in copies] == [(out / copy.name).read_bytes() for copy in copies]
+
+
+def test_peers_are_compared_and_written(tmp_path, monkeypatch, small_ceilings, capsys):
+    monkeypatch.setattr(short, "_start", lambda **env: ([0.1, 0.2, 30.0 if env else 0.3, 4.0], []))
+    monkeypatch.setattr(short, "THREADED", (1 << 10, 1 << 16))
     main(["peers", "--shapes", "small", "--rounds", "3", "--peers", "numpy", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "peers.json").read_text())
     (row,) = found["steps"]
@@ -477,7 +512,20 @@ def test_peers_are_compared_and_written(tmp_path, monkeypatch, capsys):
     assert f"| {row['ratios']['best peer']:.2f} |" in page
     assert f"| {1e3 * row['step']['median']:.3g}"[:6] in page
     assert row["memory"].keys() == {"fastnewton", *row["others"]}
+    assert "a first step from the disk cache 300 ms. With an empty cache it compiles for 30 s" in page
+    assert all(f"| {1e6 * taken:.1f} |" in page for taken in found["short"]["threads"]["one thread"].values())
     assert "Targets" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("every", "said"),
+    [([9, 2, 3, 1], "from n = 2,048 on"), ([1, 2, 9, 1], "from n = 8,192 on"), ([1, 1, 1, 9], "at none of these n")],
+)
+def test_the_crossover_of_threads_is_where_all_are_faster_from_there_on(monkeypatch, every, said):
+    monkeypatch.setattr(short, "THREADED", (1024, 2048, 4096, 8192))
+    times = {"one thread": [4, 4, 4, 4], "all threads": every}
+    found = {"threads": {name: dict(zip(short.THREADED, given, strict=True)) for name, given in times.items()}}
+    assert f"All threads are faster {said};" in short.threads_table(found).note
 
 
 def test_a_peer_that_does_not_work_or_is_wrong_is_named_with_the_reason(monkeypatch):
@@ -490,6 +538,11 @@ def test_a_peer_that_does_not_work_or_is_wrong_is_named_with_the_reason(monkeypa
     assert errors["wrong"] > peers.TOLERANCE_OF_PEERS
     assert left_out["broken"] == "OSError: no compiler"
     assert left_out["wrong"].startswith("wrong by")
+
+
+def test_the_spread_of_few_samples_says_how_many_and_that_of_one_is_none():
+    samples = (timing.Sample(seconds).as_dict() for seconds in ((1.0,), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0, 4.0)))
+    assert [report.spread(sample) for sample in samples] == ["– of 1", "50 % of 3", "60 %"]
 
 
 def test_the_shapes_where_a_peer_is_as_fast_are_said():

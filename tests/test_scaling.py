@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from bench import fits, kept, memory, page, report, scaling
+from bench import compare, fits, kept, memory, page, report, roofline, scaling
 from bench.__main__ import PARTS, main
 
 M, N = (grid.ravel().astype(float) for grid in np.meshgrid([2, 4, 8, 16, 32, 64, 128], [1 << 12, 1 << 16, 1 << 20]))
@@ -128,6 +128,29 @@ def test_the_answer_and_the_tables_have_the_figures_of_the_file(measured):
     assert f"| {report.milliseconds(cubes[17])} |" in plain
     assert "| sharded | 2 | 1,000,000 | 8.0 | 12.1 | 12.0 | O(n): 3n |" in plain
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_no_shape_is_beyond_the_cache_the_crossover_is_said_to_be_within_it(measured):
+    found, _ = measured
+    within = found | {"fits": {name.replace("beyond", "in cache"): fit for name, fit in found["fits"].items()}}
+    for one, expected in ((found, False), (within, True)):
+        said = scaling.answer(one["fits"], one["scaling"], one["eigenproblem"]).paragraphs[0]
+        assert ("within the cache" in said, "within the cache" in kept._scaling(one)) == (expected, expected)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_passes_within_the_cache_and_beyond_it_are_enough_to_be_fitted(monkeypatch, quick):
+    monkeypatch.setattr(compare, "last_level_cache", lambda: 480 << 20)  # of a host
+    monkeypatch.setattr(compare, "available_cores", lambda: 2)
+    sizes = [roofline.gram(one.m, one.n, 4).bytes for one in scaling.shapes(quick) if one.sharded is None]
+    for least, most in ((0, compare.own_cache()), (scaling.BEYOND * compare.own_cache(), np.inf)):
+        assert sum(least <= size <= most for size in sizes) > len(fits.ADDITIVE.terms)
+
+
+def test_without_a_device_the_command_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling.gpu, "available", lambda: False)
+    with pytest.raises(SystemExit, match="CuPy"):
+        main(["scaling", "--device", "cuda", "--out", str(tmp_path)])
 
 
 def test_a_step_that_is_wrong_is_not_timed(monkeypatch):
