@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 from problems import DTYPES
-from test_arrays import Capsule, Library
+from test_arrays import INSTALLED, Capsule, Library
 from test_errors import (
     NEGATIVE,
     NEGATIVE_INTEGER,
@@ -111,7 +111,7 @@ OPTIONS = {
 
 @st.composite
 def shapes(draw, sizes, dtypes):
-    library = draw(st.sampled_from(["numpy", "torch", "jax", "capsule"]))
+    library = draw(st.sampled_from([*INSTALLED, "capsule"]))
     dtypes = [name for name in dtypes if name != "bfloat16" or library != "capsule"]
     n = st.integers(0, 70) | st.sampled_from([1023, 1024, 1025, 2050])
     return Shape(library, draw(st.sampled_from(dtypes)), draw(st.sampled_from(sizes)), draw(n))
@@ -161,8 +161,9 @@ def unlike(draw, shape, *size):
     """What is good alone, but of another library, dtype or length than the other arguments."""
     fault = draw(st.sampled_from(["library", "dtype", "length"]))
     if fault == "library":
-        name = draw(st.sampled_from([name for name in ("numpy", "torch", "jax") if name != shape.library]))
-        return Given(Library(name).make(shape.ones(*size)), frozenset({TypeError}))
+        name = draw(st.sampled_from([name for name in (*INSTALLED, "capsule") if name != shape.library]))
+        other = shape._replace(library=name)
+        return Given(other.wrapped(other.side.make(shape.ones(*size))), frozenset({TypeError}))
     if fault == "dtype":
         name = draw(st.sampled_from([name for name in DTYPES if name != shape.dtype]))
         return Given(np.ones(size, DTYPES[name]), frozenset({TypeError}))
@@ -213,7 +214,7 @@ def bad_out(shape):
 def good_coefficients(draw, shape):
     values = np.random.default_rng(draw(st.integers(0, 1 << 32))).standard_normal(2 * shape.m)
     values = values.astype(draw(st.sampled_from([np.float32, np.float64])))
-    library = Library(draw(st.sampled_from(["numpy", "torch", "jax"])))
+    library = Library(draw(st.sampled_from(INSTALLED)))
     if library.name == "numpy" and draw(st.booleans()):
         return Given(values[::-2])
     return Given(library.make(values[: shape.m]))

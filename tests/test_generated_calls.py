@@ -30,7 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import DTYPES
 from reads import reads
-from test_arrays import Capsule, Library
+from test_arrays import INSTALLED, Capsule, Library
 
 import fastnewton as fn
 from fastnewton.server import ParameterServer
@@ -53,12 +53,7 @@ def counts(few, many):
     return pytest.mark.parametrize(("examples", "kinds"), [plain_run, long_run])
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    jax = pytest.importorskip("jax")
-    pytest.importorskip("torch")
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def generate(examples, strategy, check):
@@ -80,7 +75,7 @@ def generate(examples, strategy, check):
 
 
 def library_of(value):
-    found = [Library(name) for name in ("numpy", "torch", "jax")]
+    found = map(Library, INSTALLED)
     return next((library for library in found if library.is_array(value)), None)
 
 
