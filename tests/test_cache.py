@@ -53,6 +53,15 @@ def test_processes_that_start_at_once_share_a_cold_cache(started_at_once):
     assert kernels_in(folder)
 
 
+def test_workers_of_xdist_run_tests_of_kernels(run_python, warm):
+    pytest.importorskip("xdist")
+    cache = str(warm[1])
+    some = f"{Path(__file__).with_name('test_kernels.py')}::test_combine_without_lr_rest_takes_lr_for_both"
+    printed = run_python("-m", "pytest", "-n", "2", "-p", "no:cacheprovider", some, env={"NUMBA_CACHE_DIR": cache})
+    assert "2 workers" in printed
+    assert "4 passed" in printed
+
+
 def test_a_warm_cache_is_not_written_again(run_python, warm):
     printed, folder = warm
     before = {path: (folder / path).stat().st_mtime_ns for path in kernels_in(folder)}
