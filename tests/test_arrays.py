@@ -391,6 +391,12 @@ def test_tracers_are_told_to_stay_outside_jit(rng):
             jax.grad(lambda traced, call=call: call(traced).sum())(thetas)
 
 
+def test_random_keys_of_jax_are_a_type_error(rng):
+    jax = pytest.importorskip("jax")
+    with pytest.raises(TypeError, match="grads must be float16"):
+        fn.step(jax.numpy.ones((3, 2)), jax.random.split(jax.random.key(0), (3, 2)), lr=0.5)
+
+
 def test_jax_array_still_being_computed_is_waited_for(rng):
     jax = pytest.importorskip("jax")
     thetas, grads = workers(rng, M, 2**18, np.float32)
