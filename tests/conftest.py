@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +19,14 @@ settings.load_profile("fastnewton")
 def rng(request):
     """Numbers that differ from test to test and not from run to run."""
     return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def x64():
+    """float64 is float64 in JAX too, where it is installed."""
+    installed = importlib.util.find_spec("jax") is not None
+    with pytest.importorskip("jax").enable_x64(True) if installed else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

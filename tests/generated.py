@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from hypothesis import strategies as st
 from problems import DTYPES
-from test_arrays import Capsule, Library
+from test_arrays import INSTALLED, Capsule, Library
 from test_errors import (
     NEGATIVE,
     NEGATIVE_INTEGER,
@@ -99,6 +99,14 @@ OPTIONS = {
     "precision": words(None, "float64"),
     "mode": words("sync", "async"),
     "exchange": words("auto", "allgather", "sharded"),
+    "min_cosine": (
+        good(st.none(), st.floats(0, 0.99), st.sampled_from([0, fractions.Fraction(1, 4), np.float16(0.25)])),
+        bad_lengths | st.sampled_from([1, 1.0, np.float32(2)]).map(lambda value: Given(value, frozenset({ValueError}))),
+    ),
+    "max_coefficient": (good(st.none(), lengths), bad_lengths),
+    "max_newton_norm": (good(st.none(), lengths), bad_lengths),
+    "fallback_lr": (good(st.none(), lengths), bad_lengths),
+    "curvature": words("keep", "drop", "abs"),
     "safeguards": (
         good(st.none(), st.sampled_from([fn.Safeguards(), fn.Safeguards(None, 5.0, "abs", 0.5, 0.01)])),
         objects | st.just(Given(fn.Safeguards, frozenset({TypeError}))),
@@ -111,7 +119,7 @@ OPTIONS = {
 
 @st.composite
 def shapes(draw, sizes, dtypes):
-    library = draw(st.sampled_from(["numpy", "torch", "jax", "capsule"]))
+    library = draw(st.sampled_from([*INSTALLED, "capsule"]))
     dtypes = [name for name in dtypes if name != "bfloat16" or library != "capsule"]
     n = st.integers(0, 70) | st.sampled_from([1023, 1024, 1025, 2050])
     return Shape(library, draw(st.sampled_from(dtypes)), draw(st.sampled_from(sizes)), draw(n))
@@ -161,8 +169,9 @@ def unlike(draw, shape, *size):
     """What is good alone, but of another library, dtype or length than the other arguments."""
     fault = draw(st.sampled_from(["library", "dtype", "length"]))
     if fault == "library":
-        name = draw(st.sampled_from([name for name in ("numpy", "torch", "jax") if name != shape.library]))
-        return Given(Library(name).make(shape.ones(*size)), frozenset({TypeError}))
+        name = draw(st.sampled_from([name for name in (*INSTALLED, "capsule") if name != shape.library]))
+        other = shape._replace(library=name)
+        return Given(other.wrapped(other.side.make(shape.ones(*size))), frozenset({TypeError}))
     if fault == "dtype":
         name = draw(st.sampled_from([name for name in DTYPES if name != shape.dtype]))
         return Given(np.ones(size, DTYPES[name]), frozenset({TypeError}))
@@ -213,7 +222,7 @@ def bad_out(shape):
 def good_coefficients(draw, shape):
     values = np.random.default_rng(draw(st.integers(0, 1 << 32))).standard_normal(2 * shape.m)
     values = values.astype(draw(st.sampled_from([np.float32, np.float64])))
-    library = Library(draw(st.sampled_from(["numpy", "torch", "jax"])))
+    library = Library(draw(st.sampled_from(INSTALLED)))
     if library.name == "numpy" and draw(st.booleans()):
         return Given(values[::-2])
     return Given(library.make(values[: shape.m]))
@@ -223,15 +232,26 @@ bad_field = st.sampled_from([None, "1", 1j, np.ones(2), np.eye(3, dtype=np.float
 
 
 @st.composite
-def good_gram(draw, shape):
+def wild_matrix(draw, m):
+    wild = st.floats(-1e3, 1e3) | st.sampled_from([0.0, np.nan, np.inf, 1e300, -1e300, 5e-324])
+    return np.array(draw(st.lists(wild, min_size=m * m, max_size=m * m))).reshape(m, m)
+
+
+@st.composite
+def good_gram(draw, shape, joint=False):
     """Of gradients, or made by hand of anything, since the arithmetic of others may be off."""
-    grads = np.random.default_rng(draw(st.integers(0, 1 << 32))).standard_normal((shape.m, 50))
-    found = fn.gram(grads)
+    grads, thetas = np.random.default_rng(draw(st.integers(0, 1 << 32))).standard_normal((2, shape.m, 50))
+    found = fn.gram(grads, thetas=thetas if joint else None)
     if draw(st.booleans()):
-        wild = st.floats(-1e3, 1e3) | st.sampled_from([0.0, np.nan, np.inf, 1e300, -1e300, 5e-324])
-        matrix = np.array(draw(st.lists(wild, min_size=shape.m**2, max_size=shape.m**2))).reshape(shape.m, shape.m)
-        return Given(fn.Gram(matrix, draw(st.just(found.projection)), draw(wild), draw(wild)))
+        names = ("matrix", "theta_matrix", "cross_matrix") if joint else ("matrix",)
+        made = {name: draw(wild_matrix(shape.m)) for name in names}
+        found = dataclasses.replace(found, **made, norm2=draw(st.floats()), floor=draw(st.floats()))
     return Given(found)
+
+
+@st.composite
+def good_spectrum(draw, shape):
+    return Given(fn.spectrum(draw(good_gram(shape)).value, cutoff=draw(st.floats(1e-6, 0.9))))
 
 
 @st.composite
@@ -248,13 +268,15 @@ def choices(argument, shape, function):
         return OPTIONS[argument]
     m, n = shape.m, shape.n
     vectors = bad(TypeError, NOT_AN_ARRAY, WRONG_DTYPE, of=np.ones(m)) | bad(ValueError, WRONG_VECTOR, of=np.ones(m))
+    others = good_spectrum(shape._replace(m=m + 1)).map(lambda found: found._replace(errors=frozenset({ValueError})))
     found = {
         "thetas": lambda: (good_rows(shape), bad_rows(shape) | unlike(shape, m, n)),
         "grads": lambda: (good_rows(shape), bad_rows(shape)),
         "z": lambda: (good_vector(shape), bad_vector(shape)),
         "out": lambda: (good_out(shape), bad_out(shape)),
         "coefficients": lambda: (good_coefficients(shape), vectors),
-        "gram": lambda: (good_gram(shape), bad_gram(shape)),
+        "gram": lambda: (good_gram(shape, joint=function == "diagnostics"), bad_gram(shape)),
+        "spectrum": lambda: (good_spectrum(shape), objects | others),
     }[argument]()
     if function == "gram" and argument in ("z", "thetas"):
         return good(st.none()) | found[0], found[1]

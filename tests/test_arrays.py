@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import importlib.util
 import weakref
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import fastnewton as fn
 from fastnewton import kernels
 
 M, N = 3, 2050
+INSTALLED = tuple(name for name in ("numpy", "torch", "jax") if importlib.util.find_spec(name) is not None)
 
 
 def bits(array):
@@ -33,7 +35,7 @@ class Library:
 
     @property
     def array_type(self):
-        return {"numpy": "ndarray", "torch": "Tensor", "jax": "Array"}[self.name]
+        return {"torch": "Tensor", "jax": "Array"}.get(self.name, "ndarray")
 
     def is_array(self, value):
         return isinstance(value, getattr(self.module, self.array_type))
@@ -49,6 +51,8 @@ class Library:
             return array.copy()
         if self.name == "jax":
             return self.jnp.array(array)
+        if self.name == "cupy":
+            return self.module.array(array)
         if array.dtype == ml_dtypes.bfloat16:
             return self.module.tensor(array.view(np.int16)).view(self.module.bfloat16)
         return self.module.tensor(array)
@@ -57,11 +61,13 @@ class Library:
         if self.name == "torch":
             integers = {2: self.module.int16, 4: self.module.int32, 8: self.module.int64}[array.element_size()]
             return array.contiguous().view(integers).numpy().tobytes()
-        return np.asarray(array).tobytes()
+        return (array.get() if self.name == "cupy" else np.asarray(array)).tobytes()
 
     def pointer(self, array):
         if self.name == "numpy":
             return array.ctypes.data
+        if self.name == "cupy":
+            return array.data.ptr
         return array.data_ptr() if self.name == "torch" else array.unsafe_buffer_pointer()
 
 
@@ -383,6 +389,12 @@ def test_tracers_are_told_to_stay_outside_jit(rng):
             jax.jit(call)(thetas)
         with pytest.raises(TypeError, match="outside jit"):
             jax.grad(lambda traced, call=call: call(traced).sum())(thetas)
+
+
+def test_random_keys_of_jax_are_a_type_error(rng):
+    jax = pytest.importorskip("jax")
+    with pytest.raises(TypeError, match="grads must be float16"):
+        fn.step(jax.numpy.ones((3, 2)), jax.random.split(jax.random.key(0), (3, 2)), lr=0.5)
 
 
 def test_jax_array_still_being_computed_is_waited_for(rng):

@@ -53,6 +53,15 @@ def test_processes_that_start_at_once_share_a_cold_cache(started_at_once):
     assert kernels_in(folder)
 
 
+def test_workers_of_xdist_run_tests_of_kernels(run_python, warm):
+    pytest.importorskip("xdist")
+    cache = str(warm[1])
+    some = f"{Path(__file__).with_name('test_kernels.py')}::test_combine_without_lr_rest_takes_lr_for_both"
+    printed = run_python("-m", "pytest", "-n", "2", "-p", "no:cacheprovider", some, env={"NUMBA_CACHE_DIR": cache})
+    assert "2 workers" in printed
+    assert "4 passed" in printed
+
+
 def test_a_warm_cache_is_not_written_again(run_python, warm):
     printed, folder = warm
     before = {path: (folder / path).stat().st_mtime_ns for path in kernels_in(folder)}
@@ -77,9 +86,10 @@ def test_code_of_another_build_is_deleted(run_python, warm):
     assert kernels_in(folder) == compiled  # all but the left-over are back
 
 
-def test_an_installation_that_cannot_be_written_to_still_caches(run_python, tmp_path):
-    site, temporary = tmp_path / "site", tmp_path / "temporary"
-    temporary.mkdir()
+@pytest.fixture
+def unwritable(tmp_path):
+    """The environment of an installation that cannot be written to, without a home."""
+    site = tmp_path / "site"
     no_cache = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(Path(fn.__file__).parent, site / "fastnewton", ignore=no_cache)
     shutil.copytree(
@@ -90,17 +100,48 @@ def test_an_installation_that_cannot_be_written_to_still_caches(run_python, tmp_
     for folder in (site / "fastnewton", site / "fastnewton" / "kernels"):
         (folder / "__pycache__").write_text("a file, so that even root cannot make the folder")
     nowhere = str(site / "fastnewton" / "__pycache__" / "home")
-    env = {
+    return {
         "PYTHONPATH": str(site),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": nowhere,
         "XDG_CACHE_HOME": nowhere,
         "NUMBA_CACHE_DIR": None,
-        "TMPDIR": str(temporary),
     }
+
+
+def test_an_installation_that_cannot_be_written_to_still_caches(run_python, unwritable, tmp_path):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    env = {**unwritable, "TMPDIR": str(temporary)}
     printed = run_python("-c", PROGRAM, env=env)
-    assert printed.splitlines()[0] == str(site / "fastnewton" / "__init__.py")
+    assert printed.splitlines()[0] == str(tmp_path / "site" / "fastnewton" / "__init__.py")
     (cache,) = temporary.iterdir()
     assert kernels_in(cache)
     assert not cache.stat().st_mode & 0o022  # compiled code is loaded from there
     assert str(temporary) in run_python("-m", "fastnewton", env=env)
+
+
+NOWHERE = """
+import tempfile
+
+def nowhere():
+    raise FileNotFoundError("No usable temporary directory found")
+
+tempfile.gettempdir = nowhere
+"""
+FULL = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # as on a full disk, files can be made and not be written
+"""
+
+
+def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(run_python, unwritable, warm):
+    printed = run_python("-c", f"{NOWHERE}{PROGRAM}\nfn.show_config()", env=unwritable).splitlines()
+    assert printed[1] == warm[0].splitlines()[1]
+    assert any(line.startswith("kernel cache:") and "none" in line for line in printed)
+
+
+def test_a_full_disk_does_not_stop_what_was_compiled(run_python, warm, tmp_path):
+    pytest.importorskip("resource")
+    assert run_python("-c", FULL + PROGRAM, env={"NUMBA_CACHE_DIR": str(tmp_path / "full")}) == warm[0]
+    assert not kernels_in(tmp_path / "full")

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from problems import DTYPES, workers
 from reads import reads
-from test_arrays import Capsule, Library
+from test_arrays import INSTALLED, Capsule, Library
 
 import fastnewton as fn
+from fastnewton import arrays
 
 M, N = 3, 130
-LIBRARIES = ("numpy", "torch", "jax", "capsule")
+LIBRARIES = (*INSTALLED, "capsule")
 # NumPy neither exports nor imports bfloat16.
 PAIRS = [
     (source, destination, dtype)
@@ -20,18 +21,14 @@ PAIRS = [
 ]
 BORROWED = [
     (owner, borrower, dtype)
-    for owner in LIBRARIES[:3]
-    for borrower in LIBRARIES[:3]
+    for owner in INSTALLED
+    for borrower in INSTALLED
     for dtype in DTYPES
     if dtype != "bfloat16" or "numpy" not in (owner, borrower)
 ]
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    jax = pytest.importorskip("jax")
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def library_of(name):
@@ -56,10 +53,10 @@ def part_of_a_table(library, values, step, shift):
     m, n = values.shape
     table = np.full((step * m, n + 2 * shift), 7, values.dtype)
     view = library.make(table)[::step, shift : n + shift]
-    if library.name == "numpy":
-        view[...] = values
-    else:
+    if library.name == "torch":
         view.copy_(library.make(values))
+    else:
+        view[...] = library.make(values)
     return view, [library.pointer(view) + k * step * table.strides[0] for k in range(m)]
 
 
@@ -124,6 +121,33 @@ def test_step(rng, source, destination, dtype, layout):
     assert library.bits(found) == expected.tobytes()
     if n:
         assert seen["out"] == (library.pointer(found),)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if name != "bfloat16"])  # which CuPy lacks
+@pytest.mark.parametrize("destination", [None, "cupy", *LIBRARIES])
+def test_step_of_cupy(rng, destination, dtype, layout):
+    values, side = workers(rng, M, N, DTYPES[dtype]), Library("cupy")
+    (thetas, theta_rows), (grads, grad_rows) = (given_rows("cupy", layout, each) for each in values)
+    n = 0 if layout == "no coordinates" else N
+    expected = side.bits(fn.step(*(side.make(each[:, :n].copy()) for each in values), lr=0.5)[0])
+    if n:
+        assert arrays.rows(thetas, "thetas").table.tolist() == theta_rows
+        assert arrays.rows(grads, "grads").table.tolist() == grad_rows
+    if destination in (None, "cupy"):
+        out = destination and side.make(np.full(n, 7, DTYPES[dtype]))
+        theta, _ = fn.step(thetas, grads, lr=0.5, out=out)
+        assert out is None or theta is out
+        assert side.is_array(theta)
+        assert side.bits(theta) == expected
+        return
+    there = library_of(destination)
+    own = there.make(np.full(n, 7, DTYPES[dtype]))
+    before = there.bits(own)
+    with pytest.raises(TypeError, match=r"\bout\b"):
+        fn.step(thetas, grads, lr=0.5, out=wrapped(destination, own))
+    assert there.bits(own) == before
 
 
 @pytest.mark.parametrize("layout", ["strided", "offset", "read-only"])

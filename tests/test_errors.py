@@ -215,6 +215,12 @@ def test_message_says_how_to_make_a_copy(argument):
         call.refuses(argument, WRONG_ROWS[make](call.arguments[argument]), ValueError, mention="contiguous")
 
 
+def test_message_says_how_to_make_good_of_bytes_that_are_misplaced():
+    call = Call("step")
+    call.refuses("grads", misaligned(call.arguments["grads"]), ValueError, mention=r"grads\.copy\(\)")
+    call.refuses("grads", call.arguments["grads"].astype(">f8"), TypeError, mention=r"grads\.astype\('=f8'\)")
+
+
 @pytest.mark.parametrize("m", [0, 1025, 5000])
 def test_message_says_how_many_workers_there_may_be(m):
     call = Call("step")

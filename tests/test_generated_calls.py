@@ -30,7 +30,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from problems import DTYPES
 from reads import reads
-from test_arrays import Capsule, Library
+from reference import eps_of
+from test_arrays import INSTALLED, Capsule, Library
 
 import fastnewton as fn
 from fastnewton.server import ParameterServer
@@ -42,6 +43,8 @@ ARGUMENTS = {
     "gram": ("grads", "z", "thetas", "precision"),
     "spectrum": ("gram", "cutoff", "max_rank"),
     "combine": ("thetas", "grads", "coefficients", "lr", "lr_rest", "precision", "out"),
+    "diagnostics": ("gram", "spectrum"),
+    "Safeguards": ("min_cosine", "max_coefficient", "curvature", "max_newton_norm", "fallback_lr"),
 }
 # Plain runs make 500 calls in all, of few kernels; the long one 10,000.
 FEW = {"sizes": (3,), "dtypes": ("float32", "float64")}
@@ -53,12 +56,7 @@ def counts(few, many):
     return pytest.mark.parametrize(("examples", "kinds"), [plain_run, long_run])
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    jax = pytest.importorskip("jax")
-    pytest.importorskip("torch")
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def generate(examples, strategy, check):
@@ -80,7 +78,7 @@ def generate(examples, strategy, check):
 
 
 def library_of(value):
-    found = [Library(name) for name in ("numpy", "torch", "jax")]
+    found = map(Library, INSTALLED)
     return next((library for library in found if library.is_array(value)), None)
 
 
@@ -188,8 +186,11 @@ def check_call(call):
         for name, table in seen.items():  # θ may be read for the first time when workers were dropped
             rows = arguments[name].rows
             assert not rows or table == rows or (name == "thetas" and set(table) < set(rows)), f"{name} was copied"
+    if call.function == "Safeguards":
+        assert {name: getattr(result, name) for name in arguments} == {k: each.value for k, each in arguments.items()}
+        return False
     known = function(**{name: plain(each.value) for name, each in arguments.items() if name != "out"})
-    if call.function in ("gram", "spectrum"):
+    if call.function in ("gram", "spectrum", "diagnostics"):
         assert fields(result) == fields(known)
         return False
     if call.function == "step":
@@ -351,6 +352,48 @@ def check_newton(use):
     if newton:
         newton.close()
     return refusal
+
+
+@st.composite
+def optimizers(draw, sizes, dtypes):
+    """Of a worker alone."""
+    import torch
+
+    shape = Shape("torch", draw(st.sampled_from(dtypes)), 1, draw(st.integers(1, 60)))
+    table = options("lr", "lr_rest", "cutoff", "nonfinite", "safeguards")
+    table |= {
+        "params": (
+            st.builds(lambda: Given([shape.side.make(shape.ones(2, shape.n)), shape.side.make(shape.ones(3))])),
+            refused(TypeError, [torch.ones(2, dtype=torch.int32)], [torch.ones(2), torch.ones(2).double()]),
+        ),
+        "local_lr": OPTIONS["lr_rest"],
+        "local_steps": (good(st.integers(2, 1 << 40)), uncounted | refused(ValueError, 0, 1)),
+        "spread": (good(st.none(), lengths), bad_lengths),
+    }
+    return Use(shape, spoilt_once(draw, table), [])
+
+
+def check_optimizer(use):
+    """The first step of one that was not refused is SGD with the step length of local steps, or lr."""
+    from fastnewton.torch import DistNewton
+
+    optimizer, refusal = called(DistNewton, use.arguments)
+    if optimizer:
+        params, lr, local_lr = (use.arguments[name].value for name in ("params", "lr", "local_lr"))
+        for p in params:
+            p.grad = p.clone()
+        optimizer.step()
+        # 1 − lr, with the rounding of lr and of a product and a sum.
+        eps = eps_of(DTYPES[use.shape.dtype])
+        expected = 1 - float(lr if local_lr is None else local_lr)
+        assert all(abs(p.double() - expected).max() <= 2 * eps * (1 + abs(expected)) for p in params)
+    return refusal
+
+
+@counts(few=100, many=2000)
+def test_optimizers(examples, kinds):
+    pytest.importorskip("torch")
+    generate(examples, optimizers(**kinds), check_optimizer)
 
 
 def fastnewton_mpi():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import tolerances
+from fastnewton.kernels.spectrum import COMPILED_LIMIT
 from problems import DTYPES, ill_conditioned, workers
 
 import fastnewton as fn
@@ -81,6 +82,13 @@ def test_step_is_the_papers(rng, dtype, m, n):
 @pytest.mark.parametrize(("dtype", "m"), DTYPE_AND_M)
 def test_step_with_its_own_length_on_the_complement(rng, dtype, m):
     assert_step(*workers(rng, m, 1500, DTYPES[dtype]), lr=0.7, lr_rest=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("m", [129, *(pytest.param(m, marks=pytest.mark.full) for m in (512, 1024))])
+def test_step_of_so_many_that_lapack_solves_the_eigenproblem(rng, dtype, m):
+    assert m > COMPILED_LIMIT
+    assert_step(*workers(rng, m, 1500, DTYPES[dtype]), lr=0.7)
 
 
 @pytest.mark.parametrize(("dtype", "m"), of_every_dtype(2, 3, 8))

@@ -146,6 +146,7 @@ def test_extras_bring_what_they_are_for(metadata, extra, platform, wanted):
     brought = {each.name for each in every if each.marker and each.marker.evaluate(environment)}
     assert (brought >= wanted) if wanted else (brought == set())
     assert extra in ("bench", "test") or brought == wanted
+    assert platform == "linux" or not any(name.startswith("nvidia-") for name in brought)
 
 
 def test_wheel_works_where_only_its_requirements_are(fresh):

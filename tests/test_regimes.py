@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +155,57 @@ def test_tables_and_the_picture_are_made_of_the_rows(tmp_path):
         assert {len(line) for line in table.rows} == {len(table.columns)}
     assert verdict.winners(found).rows[0][2:5] == ("100%, × 3.2", "100%, × 3.2", "")
     assert (tmp_path / plots.regimes(found, tmp_path)).read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_says_what_the_committed_map_found():
+    root = Path(regimes.__file__).resolve().parents[1]
+    section = (root / "README.md").read_text(encoding="utf-8").partition("## Where it wins")[2].partition("\n## ")[0]
+    found = json.loads((root / "bench" / "results" / "regimes.json").read_text())
+    fresh = regimes.unpacked(found["confirmed"])
+    exact, noisy = ([row for row in fresh if regimes.kind(row["level"]) == kind] for kind in ("exact", "noisy"))
+    many = [row for row in exact if row["workers"] >= row["n"] / 4]
+    quadratic = [row for row in many if row["family"].startswith("quadratic")]
+    some = [
+        [row for row in quadratic if row["condition"] >= 1000],
+        [row for row in quadratic if row["condition"] <= 100],
+        [row for row in many if row not in quadratic],
+        [row for row in exact if row not in many],
+        [row for row in noisy if row["family"].startswith("quadratic")],
+        [row for row in noisy if not row["family"].startswith("quadratic")],
+    ]
+    told = re.findall(r"^\| (?:exact|noisy), .*", section, re.MULTILINE)
+    for line, cases in zip(told, some, strict=True):
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        assert int(cells[0]) == len(cases)
+        for cell, name in zip(cells[1:], ("GD per worker", "per worker", "L-BFGS per worker", "total"), strict=True):
+            gains = [row[name] for row in cases if name in row]
+            share = [round(100 * np.mean(np.array(gains) > verdict.MARGIN))] if gains else []
+            assert [int(number) for number in re.findall(r"^\d+", cell)] == share, line
+            for factor, way in re.findall(r"× ([\d.]+) (lower|higher)", cell):
+                assert f"{10 ** abs(np.median(gains)):.2g}" == f"{float(factor):.2g}", line
+                assert (np.median(gains) > 0) == (way == "lower")
+
+    rows = [*regimes.unpacked(found["rows"]), *fresh]
+    wins = {target: sum(row[target] > verdict.MARGIN for row in rows) for target in regimes.TARGETS}
+    rule = [row["conditioning"] >= 10 and row["readback"] < 0.1 for row in rows]
+    right = sum(row["per worker"] > verdict.MARGIN for row, said in zip(rows, rule, strict=True) if said)
+    momentum, descent = found["prediction"]["per worker"], found["prediction"]["GD per worker"]["all"]
+    aucs = [momentum[name]["auc"] for name in regimes.FAMILIES if momentum[name]["auc"] is not None]
+    pooled = momentum["all"]
+    for words in (
+        f"for {['no', 'one', 'two'][wins['total']]} case of {len(rows)};",
+        f"draws {len(rows) - len(fresh)} settings",
+        f"{len(fresh)} fresh cases",
+        f"{found['evaluations']} gradients per worker",
+        f"it wins {np.mean([row['per worker'] > verdict.MARGIN for row in noisy]):.0%} of the cases".replace("%", " %"),
+        f"an AUC of {min(aucs):.2f} to {max(aucs):.2f} on the {['no', 'one', 'two', 'three'][len(aucs)]} that",
+        f"(pooled {pooled['auc']:.2f}; accuracy {100 * pooled['accuracy']:.0f} %, ",
+        f"always “no” {100 * pooled['majority']:.0f} %)",
+        f"gradient descent ({descent['auc']:.2f})",
+        f"without a fit: {momentum['conditioning alone']['auc']:.2f}.",
+        f"{right} of {sum(rule)} runs won; of the {len(rows) - sum(rule)} others {wins['per worker'] - right}.",
+    ):
+        assert words in " ".join(section.split())
 
 
 @pytest.mark.full
