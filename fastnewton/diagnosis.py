@@ -5,10 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton import arrays
-from fastnewton.backends import backend
-from fastnewton.eigen import Gram, Spectrum
-
 
 @dataclass(frozen=True, eq=False)
 class Diagnostics:
@@ -36,49 +32,32 @@ class Diagnostics:
     noise_to_secant: float
     curvatures: np.ndarray
 
+    def packed(self, m: int) -> np.ndarray:
+        """As packed_size(m) numbers, to be sent."""
+        j = self.curvatures.size
+        return np.array([self.captured, self.asymmetry, self.noise_to_secant, j, *self.curvatures, *np.zeros(m - j)])
 
-def diagnostics(gram: Gram, spectrum: Spectrum) -> Diagnostics:
-    """Does a step follow curvature, or noise?  No pass over the arrays; on a CUDA device it waits for both arguments.
+    @classmethod
+    def unpacked(cls, numbers: np.ndarray) -> "Diagnostics":
+        """What was `packed`."""
+        return cls(*numbers[:3].tolist(), numbers[4 : 4 + int(numbers[3])])
 
-    Parameters
-    ----------
-    gram : Gram
-        With the products of the parameters: `fastnewton.gram(grads, thetas=thetas)`.
-    spectrum : Spectrum
-        That of `gram`: `fastnewton.spectrum(gram, cutoff=…)`; its kept directions are looked at.
 
-    Returns
-    -------
-    Diagnostics
-        Its array is NumPy's.
+def packed_size(m: int) -> int:
+    """Numbers that the diagnostics of m workers are sent as."""
+    return 4 + m
 
-    Raises
-    ------
-    TypeError, ValueError
-        Other arguments, a Gram without the products of the parameters, or a Spectrum of another number of workers.
-    """
-    for value, kind in ((gram, Gram), (spectrum, Spectrum)):
-        if not isinstance(value, kind):
-            name = kind.__name__.lower()
-            raise TypeError(
-                f"{name} must be a {kind.__name__}, as fastnewton.{name} returns it; got {type(value).__name__}"
-            )
-    where = arrays.small_matrices(gram)
-    if gram.theta_matrix is None or gram.cross_matrix is None:
-        raise ValueError("gram must hold the products of the parameters: fastnewton.gram(grads, thetas=thetas)")
-    if spectrum.vectors.shape != gram.matrix.shape:
-        raise ValueError(f"spectrum is of {spectrum.vectors.shape[0]} workers; gram is of {gram.matrix.shape[0]}")
-    with backend(where).context(where):
-        of_thetas, cross = _on_host(gram.theta_matrix), _on_host(gram.cross_matrix)
-        sigma, vectors = _on_host(spectrum.singular_values)[: spectrum.rank], _on_host(spectrum.vectors)
-        floor = float(_on_host(gram.theta_floor))
-    kept = vectors[:, : spectrum.rank]
+
+def diagnosed(gram: Any, spectrum: Any) -> Diagnostics:
+    """From a Gram with the products of the parameters and its Spectrum, whose arrays are NumPy's."""
+    sigma, of_thetas, cross = spectrum.singular_values[: spectrum.rank], gram.theta_matrix, gram.cross_matrix
+    kept = spectrum.vectors[:, : spectrum.rank]
     scale, theta_scale = (np.abs(products).max() or 1.0 for products in (cross, of_thetas))
     with np.errstate(all="ignore"):  # what is not known is NaN, and what did not move infinite
         seen = kept.T @ (cross / scale) @ kept
         asymmetry = np.linalg.norm(seen - seen.T) / np.linalg.norm(seen + seen.T) if len(seen) > 1 else np.nan
         curvatures = sigma / np.sqrt(np.maximum(np.einsum("ak,ab,bk->k", kept, of_thetas, kept), 0.0))
-        noise = _noise(of_thetas / theta_scale, cross / scale, floor / np.sqrt(theta_scale))
+        noise = _noise(of_thetas / theta_scale, cross / scale, gram.theta_floor / np.sqrt(theta_scale))
         return Diagnostics(float(spectrum.captured), float(asymmetry), noise, curvatures)
 
 
@@ -94,7 +73,3 @@ def _noise(of_thetas: np.ndarray, cross: np.ndarray, floor: float) -> float:
     least = ((products - products.T) ** 2 / (squares[:, None] + squares)).sum() / 2
     noise, total = least * 2 * r / (r - 1), (products**2 / squares[:, None]).sum()
     return float(np.sqrt(noise / max(total - noise, 0.0)))
-
-
-def _on_host(value: Any) -> Any:
-    return value.get() if hasattr(value, "get") else value

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastnewton.arrays import EPS
+from fastnewton.diagnosis import diagnosed
 from fastnewton.info import StepInfo, recorded
 from fastnewton.kernels import spectrum as small
 from fastnewton.kernels.record import FALLBACK, GO, NOT_FINITE
@@ -123,7 +124,7 @@ def decide(gram: Gram, lr: float, options: Any, eigh: Callable = np.linalg.eigh)
     given, least = options.safeguards.fallback_lr, min(tau, beta)
     careful = capped(least, "curvature", gram, found) if status == GO and gram.of_thetas_is_finite else least
     record[FALLBACK] = careful if given is None else given
-    return guard(StepInfo(record), gram, found, options.safeguards)
+    return guard(StepInfo(record, diagnostics=diagnosed(gram, found)), gram, found, options.safeguards)
 
 
 def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:

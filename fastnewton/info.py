@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastnewton.diagnosis import Diagnostics
 from fastnewton.kernels.record import CAPTURED, FALLBACK, GO, HEADER, LR, LR_REST, RANK, REASON, RESULT, STATUS
 
 REASONS = ("accepted", "curvature", "newton_norm", "coefficient", "cosine", "nonfinite")
@@ -38,10 +39,13 @@ class StepInfo:
         "cosine" or "nonfinite" where it was not accepted.
     dropped : tuple of int
         The workers left out because they were not finite.
+    diagnostics : Diagnostics or None
+        Whether the step follows curvature, or noise, before `safeguards` changed it; None without them.
     """
 
     record: Any  # array (HEADER + 3m,), or what `get()` makes one of
     dropped: tuple[int, ...] = ()
+    diagnostics: Diagnostics | None = None
 
     @property
     def rank(self) -> int:

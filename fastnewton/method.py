@@ -19,6 +19,7 @@ import numpy as np
 from fastnewton import arrays, host
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
+from fastnewton.diagnosis import Diagnostics, diagnosed
 from fastnewton.eigen import Gram, Spectrum
 from fastnewton.info import NONFINITE, StepInfo
 from fastnewton.kernels.record import GO
@@ -305,6 +306,42 @@ def spectrum(gram: Gram, *, cutoff: float = 0.1, max_rank: int | None = None) ->
     where = arrays.small_matrices(gram)
     with backend(where).context(where):
         return backend(where).spectrum(gram, arrays.fraction(cutoff, "cutoff"), arrays.count(max_rank, "max_rank"))
+
+
+def diagnostics(gram: Gram, spectrum: Spectrum) -> Diagnostics:
+    """Does a step follow curvature, or noise?  No pass over the arrays; on a CUDA device it waits for both arguments.
+
+    Parameters
+    ----------
+    gram : Gram
+        With the products of the parameters: `fastnewton.gram(grads, thetas=thetas)`.
+    spectrum : Spectrum
+        That of `gram`: `fastnewton.spectrum(gram, cutoff=…)`; its kept directions are looked at.
+
+    Returns
+    -------
+    Diagnostics
+        Its array is NumPy's.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Other arguments, a Gram without the products of the parameters, or a Spectrum of another number of workers.
+    """
+    for value, kind in ((gram, Gram), (spectrum, Spectrum)):
+        if not isinstance(value, kind):
+            name = kind.__name__.lower()
+            raise TypeError(
+                f"{name} must be a {kind.__name__}, as fastnewton.{name} returns it; got {type(value).__name__}"
+            )
+    where = arrays.small_matrices(gram)
+    if gram.theta_matrix is None or gram.cross_matrix is None:
+        raise ValueError("gram must hold the products of the parameters: fastnewton.gram(grads, thetas=thetas)")
+    if spectrum.vectors.shape != gram.matrix.shape:
+        raise ValueError(f"spectrum is of {spectrum.vectors.shape[0]} workers; gram is of {gram.matrix.shape[0]}")
+    side = backend(where)
+    with side.context(where):
+        return diagnosed(side.on_host(gram), side.on_host(spectrum))
 
 
 def combine(

@@ -52,7 +52,8 @@ def raw(array):
 
 def fields(info):
     """What a StepInfo holds, numbers as bytes: NaN equals itself."""
-    return {"record": info.read().tobytes(), "dropped": info.dropped}
+    told = info.diagnostics and info.diagnostics.packed(info.coefficients.size).tobytes()
+    return {"record": info.read().tobytes(), "dropped": info.dropped, "diagnostics": told}
 
 
 def expect_step(comm, what, given, wanted):

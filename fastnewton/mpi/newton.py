@@ -14,6 +14,7 @@ from mpi4py import MPI
 from fastnewton import arrays, eigen
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
+from fastnewton.diagnosis import Diagnostics, packed_size
 from fastnewton.info import StepInfo, size_of
 from fastnewton.kernels import threads
 from fastnewton.kernels.record import GO, STATUS
@@ -283,23 +284,25 @@ class DistNewton:
         self, workers: np.ndarray, lengths: Lengths, compute: str, like: Rows, problem: Exception | None
     ) -> StepInfo:
         """Rank 0's decision from the parts of all ranks."""
+        size, guarded = size_of(workers.size), self._options.safeguards is not None
         total, problem = self._summed(workers, compute, like, lengths.digest, problem)
 
         def decided() -> np.ndarray:
             gram = backend(like).total(*total, workers.size, like.dtype, self._options)
             options = dataclasses.replace(self._options, lr_rest=lengths.lr_rest)
-            return eigen.decide(gram, lengths.lr, options).record
+            info = eigen.decide(gram, lengths.lr, options)
+            return np.concatenate([info.record, info.diagnostics.packed(workers.size)]) if guarded else info.record
 
-        record = None
+        verdict = None
         if total is not None:
-            record, problem = attempt(decided)
-        if record is None:  # here a rank has failed, or this is not rank 0
-            record = np.full(size_of(workers.size), float(_FAILED))
-        self._comm.Bcast(record, root=0)
-        self._count("Bcast", record.nbytes * (self._comm.size - 1) * (self._comm.rank == 0))
-        if record[STATUS] == _FAILED:
+            verdict, problem = attempt(decided)
+        if verdict is None:  # here a rank has failed, or this is not rank 0
+            verdict = np.full(size + guarded * packed_size(workers.size), float(_FAILED))
+        self._comm.Bcast(verdict, root=0)
+        self._count("Bcast", verdict.nbytes * (self._comm.size - 1) * (self._comm.rank == 0))
+        if verdict[STATUS] == _FAILED:
             raise_first(self._comm, problem)
-        return StepInfo(record)
+        return StepInfo(verdict[:size], diagnostics=Diagnostics.unpacked(verdict[size:]) if guarded else None)
 
     def _summed(
         self, workers: np.ndarray, compute: str, like: Rows, agreed: float, problem: Exception | None
