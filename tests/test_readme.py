@@ -15,12 +15,13 @@ README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-NAMES = ["numpy", "torch", "jax", "cupy", "optimizer", "allgather", "sharded", "server", "safeguards", "diagnostics"]
+NAMES = ["numpy", "torch", "jax", "training", "cupy", "optimizer", "allgather", "sharded", "server"]
+NAMES += ["safeguards", "diagnostics"]
 
 
 def test_readme_shows_every_library_the_optimizer_mpi_the_server_safeguards_and_diagnostics():
     libraries = [re.search(r"\b(torch|jax|cupy|mpi4py|numpy)\b", code)[0] for code, _ in EXAMPLES]
-    assert libraries == ["numpy", "torch", "jax", "cupy", *["mpi4py"] * 4, "numpy", "numpy"]
+    assert libraries == ["numpy", "torch", "jax", "jax", "cupy", *["mpi4py"] * 4, "numpy", "numpy"]
     assert "fastnewton.torch" in EXAMPLES[NAMES.index("optimizer")][0]
 
 
