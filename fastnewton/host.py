@@ -51,8 +51,7 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
         raw = cpu.joint_gram(thetas, grads)
     elif thetas.m <= small.SHORT_LIMIT and options.lr_cap != "curvature":
         record = np.empty(size_of(thetas.m))
-        settings = _settings(thetas.m, grads.dtype, lr, options)
-        cpu.step(thetas, grads, out, record, settings, products=products, sums=sums)
+        cpu.step(thetas, grads, out, record, settings(thetas.m, grads.dtype, lr, options), products=products, sums=sums)
         return StepInfo(record)
     else:
         raw = cpu.gram(grads, None, thetas if options.lr_cap == "curvature" else None, compute=products)
@@ -70,13 +69,14 @@ def short_step(thetas: Any, grads: Any, lr: float, options: Any, out: Any) -> tu
     m, n = thetas.shape
     target = arrays.aligned(n, thetas.dtype) if out is None else out
     compute, record = options.compute(dtype), np.empty(size_of(m))
-    settings = _settings(m, dtype, lr, options)
-    taken = cpu.step_of_arrays(thetas, grads, target, record, settings, dtype=dtype, compute=compute)
+    given = settings(m, dtype, lr, options)
+    taken = cpu.step_of_arrays(thetas, grads, target, record, given, dtype=dtype, compute=compute)
     info = StepInfo(record)
     return (target, info) if taken and options.accepts(info, compute, m, n) else None
 
 
-def _settings(m: int, dtype: str, lr: float, options: Any) -> tuple:
+def settings(m: int, dtype: str, lr: float, options: Any) -> tuple:
+    """What the compiled step is told."""
     rank = m if options.max_rank is None else min(m, options.max_rank)
     rest = math.nan if options.lr_rest is None else options.lr_rest
     guarded = options.nonfinite != "propagate"

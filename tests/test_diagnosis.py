@@ -165,6 +165,6 @@ def test_a_guarded_step_tells_its_diagnostics(rng, curvature):
     thetas, grads, *_ = noisy(rng, 6, 40, 1.0)
     _, info = fn.step(thetas, grads, lr=1.0, safeguards=fn.Safeguards(curvature=curvature))
     found = dataclasses.astuple(info.diagnostics)
-    for given, wanted in zip(found, dataclasses.astuple(diagnosed(thetas, grads)), strict=True):
-        np.testing.assert_allclose(given, wanted, rtol=1e-9)  # K is formed in another order, in float64
+    for told, wanted in zip(found, dataclasses.astuple(diagnosed(thetas, grads)), strict=True):
+        np.testing.assert_allclose(told, wanted, rtol=1e-9)  # K is formed in another order, in float64
     assert fn.step(thetas, grads, lr=1.0)[1].diagnostics is None
