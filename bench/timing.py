@@ -78,8 +78,8 @@ def interleaved(
 
 
 def _calls(task: Callable[[], object], shortest: float, settle: Callable[[], None]) -> int:
-    """How many calls make one sample."""
-    return max(1, round(shortest / _timed(task, 1, settle)))
+    """How many calls make one sample; the first ones wake threads and fill caches."""
+    return max(1, round(shortest / min(_timed(task, 1, settle) for _ in range(5))))
 
 
 def _timed(task: Callable[[], object], calls: int, settle: Callable[[], None]) -> float:

@@ -48,6 +48,8 @@ def jit(function: Callable) -> Callable:
             return numba.njit(nogil=True)(function)
         finally:
             numba.config.CACHE_DIR = before
+    if made is function:  # without Numba's compiler, which `_compiled` asks for
+        return made
     save = made._cache.save_overload
 
     def save_if_possible(signature: Any, compiled: Any) -> None:

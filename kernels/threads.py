@@ -1,9 +1,9 @@
 """A few threads that share out the pieces of one pass.
 
 Helpers are Python threads that wait inside compiled code, without the GIL: handing them a pass takes about a
-microsecond while they still look out for one, and they sleep when none has come for a while.  A kernel finds its share
-of the work by itself, so that helpers may come late, or never where nothing is left to do, and a caller that finds
-them busy with another pass goes on alone.  Forked children start with helpers of their own.
+microsecond while they still look out for one, and they sleep at a pipe when none has come for a while.  A kernel finds
+its share of the work by itself, so that helpers may come late, or never where nothing is left to do, and a caller that
+finds them busy with another pass goes on alone.  Forked children start with helpers of their own.
 """
 
 import atexit
@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 # many have come, whether one failed, and the kernel's own words.
 _BUSY, _NUMBER, _ACTIVE, _PASS, _WORDS = 0, 16, 32, 48, 80
 _KERNEL, _WANTED, _COME, _FAILED, _JOB = range(_PASS, _PASS + 5)
+_ASLEEP, _LOOKING, _CALLED = range(3)  # a helper
 _LOOKS = 1 << 20  # at the number before a helper sleeps, some 0.3 ms; as often a caller looks before it yields its core
 
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("fastnewton_thread_limit", default=None)
@@ -96,42 +97,43 @@ class Team:
                 helper.end()
             self._helpers = []
 
+    def forget(self) -> None:
+        """In a forked child: no helper has come along."""
+        for helper in self._helpers:
+            helper.forget()
+
 
 class _Helper:
+    """A thread that never leaves compiled code: on its way back there it would wait for the interpreter's lock, which a
+    caller of short passes gives up too briefly for it to be had."""
+
     def __init__(self, words: np.ndarray):
-        self._words, self._looking = words, np.zeros(1, np.int64)
-        self._called = self._ended = False
-        self._call = threading.Lock()
-        self._call.acquire()
-        self._help = entry(_help, INTS, INTS, INT)
-        self._thread = threading.Thread(target=self._serve, name="fastnewton", daemon=True)
+        self._state = np.array([_CALLED, 0])  # and whether it is to end
+        self._bell, self._clapper = os.pipe()
+        self._thread = threading.Thread(target=self._serve, args=(words,), name="fastnewton", daemon=True)
         self._thread.start()
 
-    def _serve(self) -> None:
-        seen = 0
-        while not self._ended:
-            seen = self._help(self._words, self._looking, seen)
-            self._call.acquire()
-            self._called = False
+    def _serve(self, words: np.ndarray) -> None:
+        entry(_help, INTS, INTS, INT)(words, self._state, self._bell)
 
     @property
     def asleep(self) -> bool:
-        # Said by compiled code: a helper that has stopped looking may wait long for the GIL before it can say so.
-        return self._looking[0] == 0
+        return self._state[0] == _ASLEEP
 
     def wake(self) -> None:
         if self.asleep:
-            self._summon()
+            self._state[0] = _CALLED
+            os.write(self._clapper, b"!")
 
     def end(self) -> None:
-        self._ended = True
-        self._summon()
+        self._state[1] = 1
+        os.write(self._clapper, b"!")
         self._thread.join(timeout=1)
 
-    def _summon(self) -> None:
-        if not self._called:
-            self._called = True
-            self._call.release()
+    def forget(self) -> None:
+        """Close what a forked child has of the helper, which is not there."""
+        os.close(self._bell)
+        os.close(self._clapper)
 
 
 def helpers_for(large: bool) -> int:
@@ -146,6 +148,7 @@ atexit.register(lambda: team.dismiss())
 
 def _fresh_team() -> None:
     global team
+    team.forget()
     team = Team()
 
 
@@ -180,30 +183,38 @@ def shared(words, kernel, helpers, job):
 _yield_core = types.ExternalFunction("sched_yield", types.intc())
 
 
+_read_bytes = types.ExternalFunction("read", types.int64(types.int32, types.int64, types.int64))
+
+
 @jit
-def _help(words, looking, seen):
-    """Take part in passes until none has come for a while; the number of the last one."""
+def _help(words, state, bell):
+    """Take part in passes; sleep when none has come for a while, until the bell rings."""
     number, active = address(words) + 8 * _NUMBER, address(words) + 8 * _ACTIVE
-    exchange(address(looking), 1)
-    looks = 0
-    while looks < _LOOKS:
-        looks += 1
-        now = read(number)
-        if now & 1 == 0 or now == seen:
-            if now & 1 and looks == _LOOKS:  # others are not done with that pass, and the next one may follow at once
-                _yield_core()
+    rung, seen = np.zeros(1, np.int64), 0
+    while read(address(state) + 8) == 0:
+        exchange(address(state), _LOOKING)
+        looks = 0
+        while looks < _LOOKS:
+            looks += 1
+            now = read(number)
+            if now & 1 == 0 or now == seen:
+                if now & 1 and looks == _LOOKS:  # others are not done with that pass, and the next may follow at once
+                    _yield_core()
+                    looks = 0
+                continue
+            # A caller that closes the pass after this waits, and one that has closed it before is seen to have.
+            add(active, 1)
+            if read(number) == now and add(address(words) + 8 * _COME, 1) < words[_WANTED]:
+                if call(words[_KERNEL], address(words) + 8 * _JOB) != 0:
+                    words[_FAILED] = 1
                 looks = 0
-            continue
-        # A caller that closes the pass after this waits, and one that has closed it before is seen to have.
-        add(active, 1)
-        if read(number) == now and add(address(words) + 8 * _COME, 1) < words[_WANTED]:
-            if call(words[_KERNEL], address(words) + 8 * _JOB) != 0:
-                words[_FAILED] = 1
-            looks = 0
-        add(active, -1)
-        seen = now
-    exchange(address(looking), 0)
-    return seen
+            add(active, -1)
+            seen = now
+        exchange(address(state), _ASLEEP)
+        for _ in range(100):  # a signal ends the wait too early
+            if _read_bytes(bell, address(rung), 1) == 1:
+                break
+    keep(rung)
 
 
 @jit
