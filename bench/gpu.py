@@ -74,7 +74,10 @@ def grid() -> list[Case]:
         for m in (8, 2, 32, 4, 16, 64, 128, 12, 24, 48, 256, 3, 6)
     ]
     others = [
-        Case(m, 1 << 22, dtype) for dtype in ("bfloat16", "float16", "float64") for m in (2, 4, 8, 12, 16, 32, 64)
+        Case(m, 1 << k, dtype)
+        for k in (22, 16, 26)
+        for dtype in ("bfloat16", "float16", "float64")
+        for m in (2, 4, 8, 12, 16, 32, 64)
     ]
     return of_size[:26] + others + of_size[26:]
 

@@ -74,7 +74,8 @@ export python out
 
 [ -n "$only" ] || : >"$out/results.jsonl"
 stage smoke 90 "$python" -m bench.gpu smoke --out "$out"
-stage tests 120 "$python" -m pytest -m gpu -q --noconftest -p no:cacheprovider -o filterwarnings=default tests/test_gpu.py
+stage tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider -o filterwarnings=default \
+    tests/test_gpu.py tests/test_dlpack_matrix.py
 stage sanitizer 70 bash -c sanitize
 stage grid 100 "$python" -m bench.gpu grid --out "$out" --seconds 85
 stage ranks 55 bash -c ranks

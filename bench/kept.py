@@ -9,7 +9,7 @@ from bench import fits
 from bench.report import ABOVE, ROOT, Table, ceilings, milliseconds, spread
 
 FOLDER, README = ROOT / "bench" / "results", ROOT / "README.md"
-KEPT, PICTURE = ("bench", "peers", "scaling"), "step_time.png"  # drawn from bench.json, shown in README
+KEPT, PICTURE = ("bench", "peers", "scaling", "exchange"), "step_time.png"  # drawn from bench.json, shown in README
 BEGIN, END = "<!-- measured: python -m bench report --readme -->", "<!-- end of measured -->"
 
 
@@ -54,6 +54,8 @@ def _of_machine(folder: Path) -> list[str]:
         texts.append(_peers(found["peers"]).markdown().partition("\n\n")[2])
     if "scaling" in found:
         texts.append(_scaling(found["scaling"]))
+    if "exchange" in found:
+        texts.append(_exchange(found["exchange"]))
     return texts
 
 
@@ -82,4 +84,14 @@ def _scaling(found: dict) -> str:
     return (
         f"In one process gram's m²n overtakes mn at m ≈ {value}{where} (95 %: {low} to {high}; `{found['command']}`); "
         "sharded, a rank's work is O(m³ + mn)."
+    )
+
+
+def _exchange(found: dict) -> str:
+    row = [row for row in found["exchange"] if row["ranks"] == 4][-2]
+    plain, sharded, gathered = (row["seconds"][name] for name in ("allreduce", "sharded", "allgather"))
+    return (
+        f"Over MPI with 4 ranks and n = {row['n']:,} the all-reduce of a gradient takes "
+        f"{milliseconds(plain)} ms, a sharded step {milliseconds(sharded)} ({sharded / plain:.2f} times as long), the allgather's {milliseconds(gathered)} "
+        f"(`{found['command']}`)."
     )

@@ -8,11 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
-# The first example compiles kernels, and a run is to be repeatable.
-settings.register_profile("fastnewton", deadline=None, derandomize=True, max_examples=30, print_blob=False)
-settings.load_profile("fastnewton")
+if importlib.util.find_spec("hypothesis"):  # `pytest -m gpu` does without it
+    from hypothesis import settings
+
+    # The first example compiles kernels, and a run is to be repeatable.
+    settings.register_profile("fastnewton", deadline=None, derandomize=True, max_examples=30, print_blob=False)
+    settings.load_profile("fastnewton")
 
 
 @pytest.fixture
