@@ -92,6 +92,6 @@ def _exchange(found: dict) -> str:
     plain, sharded, gathered = (row["seconds"][name] for name in ("allreduce", "sharded", "allgather"))
     return (
         f"Over MPI with 4 ranks and n = {row['n']:,} the all-reduce of a gradient takes "
-        f"{milliseconds(plain)} ms, a sharded step {milliseconds(sharded)} ({sharded / plain:.2f} times as long), the allgather's {milliseconds(gathered)} "
-        f"(`{found['command']}`)."
+        f"{milliseconds(plain)} ms, a sharded step {milliseconds(sharded)} ({sharded / plain:.2f} times as long), "
+        f"the allgather's {milliseconds(gathered)} (`{found['command']}`)."
     )

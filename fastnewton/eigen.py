@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def decide(gram: Gram, lr: float, options: Any, eigh: Callable = np.linalg.eigh)
     given, least = options.safeguards.fallback_lr, min(tau, beta)
     careful = capped(least, "curvature", gram, found) if status == GO and gram.of_thetas_is_finite else least
     record[FALLBACK] = careful if given is None else given
-    return guard(StepInfo(record, diagnostics=diagnosed(gram, found)), gram, found, options.safeguards)
+    return guard(StepInfo(record, tell=partial(diagnosed, gram, found)), gram, found, options.safeguards)
 
 
 def capped(lr: float, kind: str | None, gram: Gram, found: Spectrum) -> float:

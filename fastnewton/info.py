@@ -1,6 +1,7 @@
 """What a step did, as it is kept: a record of float64 numbers, on the host or still on a device."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,13 @@ class StepInfo:
     dropped : tuple of int
         The workers left out because they were not finite.
     diagnostics : Diagnostics or None
-        Whether the step follows curvature, or noise, before `safeguards` changed it; None without them.
+        Whether the step follows curvature, or noise, before `safeguards` changed it; None without them.  Computed when
+        looked at.
     """
 
     record: Any  # array (HEADER + 3m,), or what `get()` makes one of
     dropped: tuple[int, ...] = ()
-    diagnostics: Diagnostics | None = None
+    tell: Callable[[], Diagnostics] | None = None
 
     @property
     def rank(self) -> int:
@@ -79,6 +81,10 @@ class StepInfo:
     @property
     def reason(self) -> str:
         return REASONS[int(self.read()[REASON])]
+
+    @property
+    def diagnostics(self) -> Diagnostics | None:
+        return self.tell and self.tell()
 
     @property
     def status(self) -> int:

@@ -203,8 +203,8 @@ def check_call(call):
 
 def fields(result):
     values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
-    told = values.pop("diagnostics", None)
-    values |= dataclasses.asdict(told) if told else {}
+    tell = values.pop("tell", None)
+    values |= dataclasses.asdict(tell()) if tell else {}
     return {name: np.asarray(value).tobytes() for name, value in values.items() if value is not None}
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -302,7 +303,7 @@ class DistNewton:
         self._count("Bcast", verdict.nbytes * (self._comm.size - 1) * (self._comm.rank == 0))
         if verdict[STATUS] == _FAILED:
             raise_first(self._comm, problem)
-        return StepInfo(verdict[:size], diagnostics=Diagnostics.unpacked(verdict[size:]) if guarded else None)
+        return StepInfo(verdict[:size], tell=partial(Diagnostics.unpacked, verdict[size:]) if guarded else None)
 
     def _summed(
         self, workers: np.ndarray, compute: str, like: Rows, agreed: float, problem: Exception | None
