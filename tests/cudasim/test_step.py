@@ -87,7 +87,12 @@ def test_layout_does_not_change_the_bits(rng, dtype, m, layout):
 
 @pytest.mark.parametrize(
     ("m", "n", "multiprocessors"),
-    [(3, 150_000, 3), (17, 60_000, 3), (3, 25_000, 40), (65, 70_000, 3)],
+    [
+        (3, 150_000, 3),
+        (17, 60_000, 3),
+        (3, 25_000, 40),
+        pytest.param(65, 70_000, 3, marks=pytest.mark.full),
+    ],
     ids=["runs that are flushed", "tiles that are flushed", "more blocks than lanes", "several chunks for a BLAS"],
 )
 def test_long_vectors(rng, monkeypatch, m, n, multiprocessors):
