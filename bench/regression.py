@@ -72,10 +72,17 @@ def _read(words, passes):
     return total
 
 
-def time_passes(benchmark: Any, task: Callable, passes: Iterable[Pass], seconds: float, invariants: Mapping) -> None:
-    """Time a task of these passes in turn with both ceilings of a core, for so many seconds."""
+def time_passes(
+    benchmark: Any,
+    task: Callable,
+    passes: Iterable[Pass],
+    seconds: float,
+    invariants: Mapping,
+    read: Callable | None = None,
+) -> None:
+    """Time a task of these passes in turn with both ceilings of a core, or another of reading, for so many seconds."""
     work = Pass(sum(part.bytes for part in passes), sum(part.flops for part in passes))
-    read = CoreReadCeiling(work.bytes if work.bytes > CACHED else FIRST_LEVEL)
+    read = read or CoreReadCeiling(work.bytes if work.bytes > CACHED else FIRST_LEVEL)
     multiply = ceilings.GemmCeiling("float32", MULTIPLIED)
     samples = in_turn({"task": task, "read": read, "multiply": multiply}, seconds)
     rates = {"bandwidth": read.bytes / samples["read"].min, "rate": multiply.flops / samples["multiply"].min}
