@@ -130,18 +130,6 @@ def _on_device(found: Gram) -> Gram:
     return Gram(**{name: None if value is None else put(value) for name, value in values.items()})
 
 
-def on_host(found: Any) -> Any:
-    """A Gram or a Spectrum with arrays in CPU memory."""
-    values = {name: getattr(found, name) for name in found.__dataclass_fields__}
-    return type(found)(**{name: _host_value(value) for name, value in values.items()})
-
-
-def _host_value(value: Any) -> Any:
-    if not hasattr(value, "get"):
-        return value
-    return value.get() if value.ndim else float(value.get())
-
-
 # -- spectrum, combine --------------------------------------------------------------------------------------
 
 
@@ -158,7 +146,7 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
         if info.status != NOT_CONVERGED:
             sigma, c = record[HEADER : HEADER + m], weights_of(record)[m:]
             return Spectrum(sigma, vectors, info.rank, c, info.captured)
-    found = eigen.spectrum(on_host(gram), cutoff, max_rank, _eigh)
+    found = eigen.spectrum(eigen.on_host(gram), cutoff, max_rank, _eigh)
     put = cupy.asarray
     return Spectrum(put(found.singular_values), put(found.vectors), found.rank, put(found.coefficients), found.captured)
 
@@ -184,7 +172,7 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
     m, guarded = grads.m, options.nonfinite != "propagate"
     measured = thetas if options.lr_cap == "curvature" else None
     if options.safeguards is not None:
-        return _decided_on_host(on_host(_joint_gram(thetas, grads)), thetas, grads, lr, options, out, sums)
+        return _decided_on_host(eigen.on_host(_joint_gram(thetas, grads)), thetas, grads, lr, options, out, sums)
     if m > cuda.LIMIT:
         found = _large_gram(grads, None, measured, products, cross=False)
         return _decided_on_host(found, thetas, grads, lr, options, out, sums)
@@ -206,7 +194,7 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
         return StepInfo(Record(record, grads._replace(owner=stream)))
     info = StepInfo(record.get())
     if info.status == NOT_CONVERGED:
-        return _decided_on_host(on_host(found), thetas, grads, lr, options, out, sums)
+        return _decided_on_host(eigen.on_host(found), thetas, grads, lr, options, out, sums)
     return info
 
 
@@ -258,7 +246,7 @@ def parts(grads: Rows, thetas: Rows | None, options: Any, compute: str, first: i
         return np.empty((0, part_size(grads.m, options)))
     start = first * BLOCK
     own = [rows and rows.part(start, min(last * BLOCK, rows.n) - start) for rows in (grads, thetas)]
-    found = on_host(_part_of_gram(*own, options, compute))
+    found = eigen.on_host(_part_of_gram(*own, options, compute))
     values = [*found.matrix.ravel(), *found.projection, found.norm2, found.floor**2]
     if thetas is not None:
         values += [*found.theta_matrix.ravel(), *np.zeros(grads.m + 1), found.theta_floor**2]

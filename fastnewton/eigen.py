@@ -111,6 +111,18 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None, eigh: Callable = n
     return Spectrum(*small.coefficients(squares, vectors.T, *settings))
 
 
+def on_host(found: Any) -> Any:
+    """A Gram or a Spectrum with arrays in CPU memory."""
+    values = {name: getattr(found, name) for name in found.__dataclass_fields__}
+    return type(found)(**{name: _host_value(value) for name, value in values.items()})
+
+
+def _host_value(value: Any) -> Any:
+    if not hasattr(value, "get"):
+        return value
+    return value.get() if value.ndim else float(value.get())
+
+
 def decide(gram: Gram, lr: float, options: Any, eigh: Callable = np.linalg.eigh) -> StepInfo:
     """The coefficients and step length that follow from the small matrices alone."""
     found = spectrum(gram, options.cutoff, options.max_rank, eigh)

@@ -28,11 +28,6 @@ def gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str) -> Gram
     return eigen.projected(raw, grads.dtype)
 
 
-def on_host(found: Any) -> Any:
-    """A Gram or a Spectrum with arrays in CPU memory."""
-    return found
-
-
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     """As `fastnewton.spectrum`."""
     return eigen.spectrum(gram, cutoff, max_rank)

@@ -20,7 +20,7 @@ from fastnewton import arrays, host
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.diagnosis import Diagnostics, diagnosed
-from fastnewton.eigen import Gram, Spectrum
+from fastnewton.eigen import Gram, Spectrum, on_host
 from fastnewton.info import NONFINITE, StepInfo
 from fastnewton.kernels.record import GO
 from fastnewton.safeguards import Safeguards, checked
@@ -339,9 +339,8 @@ def diagnostics(gram: Gram, spectrum: Spectrum) -> Diagnostics:
         raise ValueError("gram must hold the products of the parameters: fastnewton.gram(grads, thetas=thetas)")
     if spectrum.vectors.shape != gram.matrix.shape:
         raise ValueError(f"spectrum is of {spectrum.vectors.shape[0]} workers; gram is of {gram.matrix.shape[0]}")
-    side = backend(where)
-    with side.context(where):
-        return diagnosed(side.on_host(gram), side.on_host(spectrum))
+    with backend(where).context(where):
+        return diagnosed(on_host(gram), on_host(spectrum))
 
 
 def combine(

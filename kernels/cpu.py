@@ -1014,4 +1014,4 @@ def _step_entry(dtype: str):
 
 def cache_folder() -> str | None:
     """Where compiled kernels are kept; None where no folder can be written."""
-    return _gram_run.stats.cache_path
+    return getattr(_gram_run, "stats", None) and _gram_run.stats.cache_path  # there are none without Numba's compiler

@@ -1,7 +1,7 @@
 """A few threads that share out the pieces of one pass.
 
 Helpers are Python threads that wait inside compiled code, without the GIL: handing them a pass takes about a
-microsecond while they still look out for one, and they sleep at a pipe when none has come for a while.  A kernel finds
+microsecond while they still look out for one, and they sleep at a lock when none has come for a while.  A kernel finds
 its share of the work by itself, so that helpers may come late, or never where nothing is left to do, and a caller that
 finds them busy with another pass goes on alone.  Forked children start with helpers of their own.
 """
@@ -9,6 +9,7 @@ finds them busy with another pass goes on alone.  Forked children start with hel
 import atexit
 import contextlib
 import contextvars
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -97,11 +98,6 @@ class Team:
                 helper.end()
             self._helpers = []
 
-    def forget(self) -> None:
-        """In a forked child: no helper has come along."""
-        for helper in self._helpers:
-            helper.forget()
-
 
 class _Helper:
     """A thread that never leaves compiled code: on its way back there it would wait for the interpreter's lock, which a
@@ -109,12 +105,14 @@ class _Helper:
 
     def __init__(self, words: np.ndarray):
         self._state = np.array([_CALLED, 0])  # and whether it is to end
-        self._bell, self._clapper = os.pipe()
+        self._bell = _new_lock()
+        self._maker = threading.get_native_id()
         self._thread = threading.Thread(target=self._serve, args=(words,), name="fastnewton", daemon=True)
         self._thread.start()
 
     def _serve(self, words: np.ndarray) -> None:
-        entry(_help, INTS, INTS, INT)(words, self._state, self._bell)
+        if threading.get_native_id() != self._maker:  # a greenlet in a thread's place would block it for good
+            entry(_help, INTS, INTS, INT)(words, self._state, self._bell)
 
     @property
     def asleep(self) -> bool:
@@ -123,17 +121,26 @@ class _Helper:
     def wake(self) -> None:
         if self.asleep:
             self._state[0] = _CALLED
-            os.write(self._clapper, b"!")
+            _python.PyThread_release_lock(self._bell)
 
     def end(self) -> None:
         self._state[1] = 1
-        os.write(self._clapper, b"!")
+        _python.PyThread_release_lock(self._bell)
         self._thread.join(timeout=1)
 
-    def forget(self) -> None:
-        """Close what a forked child has of the helper, which is not there."""
-        os.close(self._bell)
-        os.close(self._clapper)
+
+# Locks of the interpreter that are waited for without its global one.
+_python = ctypes.pythonapi
+_python.PyThread_allocate_lock.restype = ctypes.c_void_p
+_python.PyThread_acquire_lock.argtypes = ctypes.c_void_p, ctypes.c_int
+_python.PyThread_release_lock.argtypes = (ctypes.c_void_p,)
+
+
+def _new_lock() -> int:
+    """The address of a lock that is taken."""
+    lock = _python.PyThread_allocate_lock()
+    _python.PyThread_acquire_lock(lock, 0)
+    return lock
 
 
 def helpers_for(large: bool) -> int:
@@ -148,7 +155,6 @@ atexit.register(lambda: team.dismiss())
 
 def _fresh_team() -> None:
     global team
-    team.forget()
     team = Team()
 
 
@@ -183,14 +189,13 @@ def shared(words, kernel, helpers, job):
 _yield_core = types.ExternalFunction("sched_yield", types.intc())
 
 
-_read_bytes = types.ExternalFunction("read", types.int64(types.int32, types.int64, types.int64))
+_wait_for = types.ExternalFunction("PyThread_acquire_lock", types.int32(types.int64, types.int32))
 
 
 @jit
 def _help(words, state, bell):
     """Take part in passes; sleep when none has come for a while, until the bell rings."""
-    number, active = address(words) + 8 * _NUMBER, address(words) + 8 * _ACTIVE
-    rung, seen = np.zeros(1, np.int64), 0
+    number, active, seen = address(words) + 8 * _NUMBER, address(words) + 8 * _ACTIVE, 0
     while read(address(state) + 8) == 0:
         exchange(address(state), _LOOKING)
         looks = 0
@@ -211,10 +216,7 @@ def _help(words, state, bell):
             add(active, -1)
             seen = now
         exchange(address(state), _ASLEEP)
-        for _ in range(100):  # a signal ends the wait too early
-            if _read_bytes(bell, address(rung), 1) == 1:
-                break
-    keep(rung)
+        _wait_for(bell, 1)
 
 
 @jit
