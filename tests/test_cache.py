@@ -53,6 +53,7 @@ def test_processes_that_start_at_once_share_a_cold_cache(started_at_once):
     assert kernels_in(folder)
 
 
+@pytest.mark.full
 def test_workers_of_xdist_run_tests_of_kernels(run_python, warm):
     pytest.importorskip("xdist")
     cache = str(warm[1])

@@ -38,7 +38,7 @@ def test_names_of_cupy(beginning):
 
 
 @pytest.mark.skipif(build.why_unavailable() is not None, reason=str(build.why_unavailable()))
-@pytest.mark.parametrize("m", [1, 3, 17])
+@pytest.mark.parametrize("m", [1, 3, pytest.param(17, marks=pytest.mark.full)])
 def test_arguments_of_kernels(rng, m):
     """CuPy looks at them before it finds that there is no such kernel, or no device."""
     given, launch = [], device._Kernel.__call__

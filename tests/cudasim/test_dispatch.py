@@ -208,7 +208,7 @@ def test_propagate_never_waits_and_can_be_captured(problem, lr_cap):
     assert info.rank == fn.step(*problem, lr=0.5, lr_cap=lr_cap)[1].rank
 
 
-@pytest.mark.parametrize("m", [3, 33, 64])
+@pytest.mark.parametrize("m", [3, pytest.param(33, marks=pytest.mark.full), 64])
 @pytest.mark.parametrize("settings", [{}, {"nonfinite": "drop"}, {"lr_cap": "curvature"}])
 def test_a_step_that_is_checked_waits_once(rng, recorded, m, settings):
     problem, out = tuple(map(there, workers(rng, m, N, np.float32))), there(np.zeros(N, np.float32))
