@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from bench import fits
+from bench import exchange, fits
 from bench.report import ABOVE, ROOT, Table, ceilings, milliseconds, spread
 
 FOLDER, README = ROOT / "bench" / "results", ROOT / "README.md"
@@ -54,8 +54,8 @@ def _of_machine(folder: Path) -> list[str]:
         texts.append(_peers(found["peers"]).markdown().partition("\n\n")[2])
     if "scaling" in found:
         texts.append(_scaling(found["scaling"]))
-    if "exchange" in found:
-        texts.append(_exchange(found["exchange"]))
+    if "exchange" in found and (row := exchange.at_target(found["exchange"]["exchange"])):
+        texts.append(_exchange(row, found["exchange"]["command"]))
     return texts
 
 
@@ -87,11 +87,10 @@ def _scaling(found: dict) -> str:
     )
 
 
-def _exchange(found: dict) -> str:
-    row = [row for row in found["exchange"] if row["ranks"] == 4][-2]
+def _exchange(row: dict, command: str) -> str:
     plain, sharded, gathered = (row["seconds"][name] for name in ("allreduce", "sharded", "allgather"))
     return (
         f"Over MPI with 4 ranks and n = {row['n']:,} the all-reduce of a gradient takes "
         f"{milliseconds(plain)} ms, a sharded step {milliseconds(sharded)} ({sharded / plain:.2f} times as long), "
-        f"the allgather's {milliseconds(gathered)} (`{found['command']}`)."
+        f"the allgather's {milliseconds(gathered)} (`{command}`)."
     )

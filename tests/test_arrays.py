@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from problems import DTYPES, workers
+from reads import reads
 
 import fastnewton as fn
-from fastnewton import kernels
 
 M, N = 3, 2050
 INSTALLED = tuple(name for name in ("numpy", "torch", "jax") if importlib.util.find_spec(name) is not None)
@@ -81,39 +81,6 @@ def library(request):
         yield library
 
 
-@pytest.fixture
-def addresses(monkeypatch):
-    """The addresses that the kernels were given, by the name of what lies there."""
-    seen = {}
-    gram, combine = kernels.cpu.gram, kernels.cpu.combine
-    step, step_of_arrays = kernels.cpu.step, kernels.cpu.step_of_arrays
-
-    def spied_gram(grads, z=None, thetas=None, **options):
-        seen["gram"] = [int(a) for a in grads.table]
-        return gram(grads, z, thetas, **options)
-
-    def spied_step(thetas, grads, out, *arguments, **options):
-        seen.update({name: [int(a) for a in rows.table] for name, rows in (("thetas", thetas), ("grads", grads))})
-        seen["gram"], seen["out"] = seen["grads"], int(out.table[0])
-        return step(thetas, grads, out, *arguments, **options)
-
-    def spied_combine(thetas, grads, coefficients, *, out, z=None, **options):
-        seen.update({name: [int(a) for a in rows.table] for name, rows in (("thetas", thetas), ("grads", grads))})
-        seen["out"], seen["z"] = int(out.table[0]), None if z is None else int(z.table[0])
-        return combine(thetas, grads, coefficients, out=out, z=z, **options)
-
-    def spied_step_of_arrays(thetas, grads, out, *arguments, **options):
-        seen.update({name: [a.ctypes.data for a in rows] for name, rows in (("thetas", thetas), ("grads", grads))})
-        seen["gram"], seen["out"] = seen["grads"], out.ctypes.data
-        return step_of_arrays(thetas, grads, out, *arguments, **options)
-
-    monkeypatch.setattr(kernels.cpu, "gram", spied_gram)
-    monkeypatch.setattr(kernels.cpu, "step", spied_step)
-    monkeypatch.setattr(kernels.cpu, "step_of_arrays", spied_step_of_arrays)
-    monkeypatch.setattr(kernels.cpu, "combine", spied_combine)
-    return seen
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_result_is_of_the_callers_kind(rng, library, dtype):
     thetas, grads = workers(rng, M, N, DTYPES[dtype])
@@ -146,29 +113,30 @@ def test_result_lies_on_a_cache_line(rng, library, dtype, n):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_copy_in_or_out(rng, library, dtype, addresses):
+def test_no_copy_in_or_out(rng, library, dtype):
     thetas, grads = (library.make(a) for a in workers(rng, M, N, DTYPES[dtype]))
     z = library.make(grads[0]) if library.name != "torch" else grads[0].clone()
-    theta, _ = fn.step(thetas, grads, lr=0.5)
     stride = N * DTYPES[dtype].itemsize
-    assert addresses["thetas"] == [library.pointer(thetas) + k * stride for k in range(M)]
-    assert addresses["grads"] == [library.pointer(grads) + k * stride for k in range(M)]
-    assert addresses["gram"] == addresses["grads"]
-    assert addresses["out"] == library.pointer(theta)
-    inverse = fn.apply_inverse(thetas, grads, z)
-    assert addresses["z"] == library.pointer(z)
-    assert addresses["out"] == library.pointer(inverse)
+    first, second = (tuple(library.pointer(array) + k * stride for k in range(M)) for array in (thetas, grads))
+    with reads() as seen:
+        theta, _ = fn.step(thetas, grads, lr=0.5)
+    assert seen == {"thetas": first, "grads": second, "out": (library.pointer(theta),)}
+    with reads() as seen:
+        inverse = fn.apply_inverse(thetas, grads, z)
+    found = {"z": (library.pointer(z),), "out": (library.pointer(inverse),)}
+    assert seen == {"thetas": first, "grads": second} | found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [list, tuple])
-def test_a_sequence_of_vectors_is_taken_without_a_copy(rng, library, dtype, kind, addresses):
+def test_a_sequence_of_vectors_is_taken_without_a_copy(rng, library, dtype, kind):
     thetas, grads = workers(rng, M, N, DTYPES[dtype])
     expected, _ = fn.step(thetas, grads, lr=0.5)
     rows = [kind(library.make(row) for row in matrix) for matrix in (thetas, grads)]
-    theta, _ = fn.step(*rows, lr=0.5)
-    assert addresses["thetas"] == [library.pointer(row) for row in rows[0]]
-    assert addresses["grads"] == [library.pointer(row) for row in rows[1]]
+    with reads() as seen:
+        theta, _ = fn.step(*rows, lr=0.5)
+    assert seen["thetas"] == tuple(library.pointer(row) for row in rows[0])
+    assert seen["grads"] == tuple(library.pointer(row) for row in rows[1])
     assert library.is_array(theta)
     assert theta.dtype == library.dtype(dtype)
     assert library.bits(theta) == expected.tobytes()
@@ -176,7 +144,7 @@ def test_a_sequence_of_vectors_is_taken_without_a_copy(rng, library, dtype, kind
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("library", ["numpy", "torch"], indirect=True)
-def test_out_is_written_and_returned_itself(rng, library, dtype, addresses):
+def test_out_is_written_and_returned_itself(rng, library, dtype):
     thetas, grads = workers(rng, M, N, DTYPES[dtype])
     expected, _ = fn.step(thetas, grads, lr=0.5)
     inputs = library.make(thetas), library.make(grads)
@@ -191,14 +159,15 @@ def test_out_is_written_and_returned_itself(rng, library, dtype, addresses):
     ):
         out = library.make(np.ones(N, DTYPES[dtype]))
         before = library.pointer(out)
-        assert call(out) is out
-        assert addresses["out"] == library.pointer(out) == before
+        with reads() as seen:
+            assert call(out) is out
+        assert seen["out"] == (library.pointer(out),) == (before,)
         assert library.bits(out) == known.tobytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("library", ["numpy", "torch"], indirect=True)
-def test_strided_and_shifted_rows_are_taken_without_a_copy(rng, library, dtype, addresses):
+def test_strided_and_shifted_rows_are_taken_without_a_copy(rng, library, dtype):
     thetas, grads = workers(rng, M, N, DTYPES[dtype])
     expected, _ = fn.step(thetas, grads, lr=0.5)
     wide = []
@@ -206,8 +175,9 @@ def test_strided_and_shifted_rows_are_taken_without_a_copy(rng, library, dtype, 
         padded = np.zeros((2 * M, N + 9), DTYPES[dtype])
         padded[::2, 3 : N + 3] = matrix
         wide.append(library.make(padded)[::2, 3 : N + 3])
-    theta, _ = fn.step(*wide, lr=0.5)
-    assert addresses["thetas"] == [library.pointer(row) for row in wide[0]]
+    with reads() as seen:
+        theta, _ = fn.step(*wide, lr=0.5)
+    assert seen["thetas"] == tuple(library.pointer(row) for row in wide[0])
     assert library.bits(theta) == expected.tobytes()
 
 
@@ -297,12 +267,13 @@ class OldCapsule(Capsule):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 @pytest.mark.parametrize("kind", [Capsule, OldCapsule])
-def test_anything_with_dlpack_is_taken_without_a_copy(rng, dtype, kind, addresses):
+def test_anything_with_dlpack_is_taken_without_a_copy(rng, dtype, kind):
     thetas, grads = workers(rng, M, N, DTYPES[dtype])
     expected, _ = fn.step(thetas, grads, lr=0.5)
-    theta, _ = fn.step(kind(thetas), kind(grads), lr=0.5)
-    assert addresses["thetas"] == [row.ctypes.data for row in thetas]
-    assert addresses["grads"] == [row.ctypes.data for row in grads]
+    with reads() as seen:
+        theta, _ = fn.step(kind(thetas), kind(grads), lr=0.5)
+    assert seen["thetas"] == tuple(row.ctypes.data for row in thetas)
+    assert seen["grads"] == tuple(row.ctypes.data for row in grads)
     assert np.from_dlpack(theta).tobytes() == expected.tobytes()
     rows, _ = fn.step([kind(row) for row in thetas], [kind(row) for row in grads], lr=0.5)
     assert np.from_dlpack(rows).tobytes() == expected.tobytes()
