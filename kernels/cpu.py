@@ -25,11 +25,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so it takes BLOCK/lanes ≤ 256 terms
-STRIP = 256  # coordinates of a block that stay in the first-level cache while the pairs are gone through
+LOG_STRIP = 8
+STRIP = 1 << LOG_STRIP  # coordinates of a block whose rows stay in a near cache while the pairs are gone through
 STRAIGHT = 16  # up to this many workers, straight-line code for exactly m rows; above, square tiles of pairs
 TILE = 5 if REGISTERS == 32 else 3  # TILE² sums, the chains that hide an addition's latency, and TILE + 1 rows
 ON_DIAGONAL = TILE * (TILE + 3) // 2  # products of TILE rows with each other and with one more row
 GATHERED = 8  # rows that are added to the mean per round
+PACE = 8  # binary places of the bytes that are fetched per step
+DENSE = 16  # workers per byte of a value beyond which memory is not the limit, and strips are twice as long
 ROW_GAP = 64  # bytes between rows of a centred tile, or they would all fall into one set of the cache
 UNROLLED = 8  # rows beside the first whose combination is one straight line
 GROUP = 4  # rows that are added per round above that: more at one spacing fight for the ways of the caches
@@ -298,8 +301,9 @@ def _gram_run(job, kind, exactly, storage, compute, with_z):
                 _copy_rows(table, here, offset * itemsize, length * itemsize, strips * STRIP * itemsize, padded)
                 offset, length = 0, strips * STRIP
             strips = min(length, BLOCK) // STRIP
-            sums_ = address(stack[height])
-            _gram_block(kind, exactly, storage, compute, with_z, m, address(here), offset, strips, scratch, sums_)
+            stack[height] = 0.0
+            part = address(stack[height])
+            _gram_block(kind, exactly, storage, compute, with_z, m, address(here), offset, strips, scratch, part)
             keep(here)
             keep(padded)
             height += 1
@@ -374,7 +378,7 @@ def _lanes_compiled(compute):
 
 
 def _work(kind, compute, rows):
-    """Scratch of one block: whole tiles of the rows, and two means."""
+    """Scratch of one strip: whole tiles of the rows, and two means."""
 
 
 @overload(_work, prefer_literal=True)
@@ -387,11 +391,11 @@ def _work_compiled(kind, compute, rows):
 
 
 def _row_bytes(compute: str) -> int:
-    return BLOCK * ITEMSIZE[compute] + ROW_GAP
+    return 2 * STRIP * ITEMSIZE[compute] + ROW_GAP
 
 
 def _gram_block(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-    """The products of one block, written to `sums`; only ever called from compiled code."""
+    """Add the products of one block to `sums`; only ever called from compiled code."""
 
 
 @overload(_gram_block, prefer_literal=True)
@@ -403,56 +407,56 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
 
         return block
 
-    row, size, width = (
-        _row_bytes(compute.literal_value),
-        ITEMSIZE[storage.literal_value],
-        lanes(compute.literal_value),
-    )
-    joint = kind.literal_value == "joint"
+    row, size, width = _row_bytes(compute.literal_value), ITEMSIZE[storage.literal_value], lanes(compute.literal_value)
+    joint, log_size = kind.literal_value == "joint", size.bit_length() - 1
     stacks, extra = 1 + joint, joint or with_z.literal_value
 
     def tiled(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-        steps, side, next_block = strips * (STRIP // width), (m + TILE - 1) // TILE, (offset + BLOCK) * size
-        count, done = stacks * side, 0
+        side = (m + TILE - 1) // TILE
+        count = stacks * side
         tiles = count * (count + 1) // 2
         norms = sums + 8 * (ON_DIAGONAL * count + TILE * TILE * (tiles - count))
-        last, panels = scratch, scratch + 2 * row
-        _mean(storage, compute, m, table, 0, offset, steps, last, norms)
-        if extra:
-            last += row
-            _mean(storage, compute, m if joint else 1, table, m, offset, steps, last, norms + 8)
-        for i in range(count):
-            stack = i // side
-            rows, first, mean = table + 8 * m * stack, (i - stack * side) * TILE, scratch + stack * row
-            ahead = _row_address(table, min(done, stacks * m - 1)) + next_block
-            also = _row_address(table, min(done + tiles, stacks * m - 1)) + next_block
-            panel = panels + i * TILE * row
-            _diagonal(storage, compute, m, rows, first, offset, steps, mean, last, panel, ahead, also, sums)
-            sums += 8 * ON_DIAGONAL
-            done += 1
-        for i in range(count):
-            for j in range(i + 1, count):
-                left, right = panels + i * TILE * row, panels + j * TILE * row
-                ahead = _row_address(table, min(done, stacks * m - 1)) + next_block
-                also = _row_address(table, min(done + tiles, stacks * m - 1)) + next_block
-                if done < stacks * m:
-                    _tile(1, storage, compute, left, right, steps, ahead, also, sums)
-                else:
-                    _tile(0, storage, compute, left, right, steps, ahead, also, sums)
-                sums += 8 * TILE * TILE
-                done += 1
+        panels, vectors = scratch + 2 * row, stacks * m * (width * size << PACE)
+        pace = max(vectors // tiles, width * size << PACE)
+        dense, end = m > DENSE * size, offset + strips * STRIP
+        length, log_bytes = STRIP << dense, LOG_STRIP + dense + log_size
+        while offset < end:
+            steps, following = min(length, end - offset) // width, offset + length
+            products, last, fetched = sums, scratch, 0
+            _mean(storage, compute, m, table, 0, offset, steps, last, norms)
+            if extra:
+                last += row
+                _mean(storage, compute, m if joint else 1, table, m, offset, steps, last, norms + 8)
+            for i in range(count):
+                stack = i // side
+                rows, first, mean = table + 8 * m * stack, (i - stack * side) * TILE, scratch + stack * row
+                panel, ahead = panels + i * TILE * row, (table, following, log_bytes, fetched, pace)
+                _diagonal(storage, compute, m, rows, first, offset, steps, mean, last, panel, ahead, products)
+                products += 8 * ON_DIAGONAL
+                fetched += steps * pace
+            for i in range(count):
+                for j in range(i + 1, count):
+                    left, right = panels + i * TILE * row, panels + j * TILE * row
+                    ahead = (table, following, log_bytes, fetched, pace)
+                    if fetched < vectors * steps:
+                        _tile(1, storage, compute, left, right, steps, ahead, products)
+                    else:
+                        _tile(0, storage, compute, left, right, steps, ahead, products)
+                    products += 8 * TILE * TILE
+                    fetched += steps * pace
+            offset = following
 
     def of_row(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-        steps = strips * (STRIP // width)
-        difference, reference = scratch, scratch + row
-        _subtract_reference(storage, compute, m, table, offset, steps, difference, reference, sums)
-        k = 0
-        while k + 4 <= m:
-            _multiply_rows(4, storage, compute, table, k, offset, steps, difference, reference, sums)
-            k += 4
-        while k < m:
-            _multiply_rows(1, storage, compute, table, k, offset, steps, difference, reference, sums)
-            k += 1
+        difference, reference, steps = scratch, scratch + row, STRIP // width
+        for start in range(offset, offset + strips * STRIP, STRIP):
+            _subtract_reference(storage, compute, m, table, start, steps, difference, reference, sums)
+            k = 0
+            while k + 4 <= m:
+                _multiply_rows(4, storage, compute, table, k, start, steps, difference, reference, sums)
+                k += 4
+            while k < m:
+                _multiply_rows(1, storage, compute, table, k, start, steps, difference, reference, sums)
+                k += 1
 
     return of_row if kind.literal_value == "row" else tiled
 
@@ -471,7 +475,6 @@ def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strip
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
         table, offset, strips, scratch, sums = args[4:]
-        strip_steps = STRIP // v.lanes
         starts = v.pointers(table, 0, rows + with_z_, offset)
         slots = v.at(scratch, registers * STRIP * ITEMSIZE[v.compute])
         slot = {pair: v.at(slots, k * VECTOR_BYTES) for k, pair in enumerate(pairs)}
@@ -489,7 +492,7 @@ def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strip
                 running = {pair: v.variable() for pair in members}
                 for pair in members:
                     builder.store(v.load_work(slot[pair]), running[pair])
-                with v.loop(strip_steps) as step:
+                with v.loop(STRIP // v.lanes) as step:
                     step_bytes = builder.mul(step.index, ir.Constant(step.index.type, v.stride))
                     copies = v.at(scratch, step.index, registers * VECTOR_BYTES)
                     if number == 0:
@@ -506,7 +509,7 @@ def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strip
                         builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
                 for pair in members:
                     v.store_work(builder.load(running[pair]), slot[pair])
-        v.store_lane_sums([v.load_work(slot[pair]) for pair in pairs], sums)
+        v.add_lane_sums([v.load_work(slot[pair]) for pair in pairs], sums)
 
     return types.void(m, storage, compute, with_z, table, offset, strips, scratch, sums), codegen
 
@@ -530,7 +533,7 @@ def _rounds(pairs: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int
 
 @jit
 def _mean(storage, compute, m, table, first, offset, steps, mean, norm2):
-    """The mean of m rows from `first` on, as `compute` values in scratch, and its norm squared."""
+    """The mean of m rows from `first` on, as `compute` values in scratch; its norm squared is added to norm2."""
     k = 0
     while k + GATHERED <= m:
         _gather(GATHERED, storage, compute, table, first + k, k, offset, steps, mean)
@@ -561,7 +564,7 @@ def _gather(typingctx, count, storage, compute, table, first, before, offset, st
 
 @intrinsic(prefer_literal=True)
 def _scale(typingctx, compute, m, steps, row, norm2):
-    """Divide the row in scratch by m and write its norm squared."""
+    """Divide the row in scratch by m and add its norm squared to norm2."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, compute.literal_value, compute.literal_value)
@@ -574,13 +577,26 @@ def _scale(typingctx, compute, m, steps, row, norm2):
             value = v.mul(v.load_work(here), inverse)
             v.store_work(value, here)
             builder.store(v.fma(value, value, builder.load(running)), running)
-        v.store_lane_sums([builder.load(running)], norm2)
+        v.add_lane_sums([builder.load(running)], norm2)
 
     return types.void(compute, m, steps, row, norm2), codegen
 
 
+def _fetch(v, ahead, index):
+    """Prefetch from the next strip: its rows laid end to end, at `fetched` + index·pace in 2⁻ᴾᴬᶜᴱ bytes.
+
+    Evenly over all tiles: the few buffers for lines on their way from memory are full otherwise, and loads wait.
+    """
+    table, offset, log_bytes, fetched, pace = cgutils.unpack_tuple(v.builder, ahead)
+    position = v.builder.lshr(v.at(fetched, index, pace), ir.Constant(pace.type, PACE))
+    row = v.builder.lshr(position, log_bytes)
+    within = v.builder.sub(position, v.builder.shl(row, log_bytes))
+    (start,) = v.pointers(table, row, 1, offset)
+    v.prefetch(v.at(start, within))
+
+
 @intrinsic(prefer_literal=True)
-def _diagonal(typingctx, storage, compute, m, table, first, offset, steps, mean, last, panel, ahead, also, sums):
+def _diagonal(typingctx, storage, compute, m, rows, first, offset, steps, mean, last, panel, ahead, sums):
     """Centre TILE rows into scratch; their products with each other and with the `last` row, row after row.
 
     Rows beyond the m-th repeat it: nobody reads what comes of them.
@@ -588,13 +604,13 @@ def _diagonal(typingctx, storage, compute, m, table, first, offset, steps, mean,
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
-        m, table, first, offset, steps, mean, last, panel, ahead, also, sums = args[2:]
+        m, rows, first, offset, steps, mean, last, panel, ahead, sums = args[2:]
         final = builder.sub(m, ir.Constant(m.type, 1))
         starts = []
         for k in range(TILE):
             index = v.at(first, k)
             index = builder.select(builder.icmp_signed("<", index, final), index, final)
-            starts += v.pointers(table, index, 1, offset)
+            starts += v.pointers(rows, index, 1, offset)
         pairs = [(i, j) for i in range(TILE) for j in range(i, TILE + 1)]
         running = {pair: v.variable() for pair in pairs}
         for sum_ in running.values():
@@ -604,24 +620,23 @@ def _diagonal(typingctx, storage, compute, m, table, first, offset, steps, mean,
             x = [v.sub(v.load(v.at(start, step.index, v.stride)), centre) for start in starts]
             for k in range(TILE):
                 v.store_work(x[k], v.at(v.at(panel, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES))
-            for row_ahead in (ahead, also):
-                v.prefetch(v.at(row_ahead, step.index, v.stride))
+            _fetch(v, ahead, step.index)
             x.append(one_more)
             for (i, j), sum_ in running.items():
                 builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
-        v.store_lane_sums([builder.load(sum_) for sum_ in running.values()], sums)
+        v.add_lane_sums([builder.load(sum_) for sum_ in running.values()], sums)
 
-    arguments = (storage, compute, m, table, first, offset, steps, mean, last, panel, ahead, also, sums)
+    arguments = (storage, compute, m, rows, first, offset, steps, mean, last, panel, ahead, sums)
     return types.void(*arguments), codegen
 
 
 @intrinsic(prefer_literal=True)
-def _tile(typingctx, fetch, storage, compute, left, right, steps, ahead, also, sums):
-    """The TILE² products of two groups of centred rows; with `fetch`, the next block of two rows is on its way."""
+def _tile(typingctx, fetch, storage, compute, left, right, steps, ahead, sums):
+    """The TILE² products of two groups of centred rows; with `fetch`, some of the next strip is on its way."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
-        left, right, steps, ahead, also, sums = args[3:]
+        left, right, steps, ahead, sums = args[3:]
         row = _row_bytes(v.compute)
         running = [[v.variable() for _ in range(TILE)] for _ in range(TILE)]
         for sum_ in (sum_ for line in running for sum_ in line):
@@ -629,19 +644,19 @@ def _tile(typingctx, fetch, storage, compute, left, right, steps, ahead, also, s
         with v.loop(steps) as step:
             here = [v.at(side, step.index, VECTOR_BYTES) for side in (left, right)]
             x, y = ([v.load_work(v.at(address, k * row)) for k in range(TILE)] for address in here)
-            for row_ahead in (ahead, also) if fetch.literal_value else ():
-                v.prefetch(v.at(row_ahead, step.index, v.stride))
+            if fetch.literal_value:
+                _fetch(v, ahead, step.index)
             for i in range(TILE):
                 for j in range(TILE):
                     builder.store(v.fma(x[i], y[j], builder.load(running[i][j])), running[i][j])
-        v.store_lane_sums([builder.load(sum_) for line in running for sum_ in line], sums)
+        v.add_lane_sums([builder.load(sum_) for line in running for sum_ in line], sums)
 
-    return types.void(fetch, storage, compute, left, right, steps, ahead, also, sums), codegen
+    return types.void(fetch, storage, compute, left, right, steps, ahead, sums), codegen
 
 
 @intrinsic(prefer_literal=True)
 def _subtract_reference(typingctx, storage, compute, m, table, offset, steps, difference, reference, sums):
-    """g − r and r, rows m and m + 1, in scratch; their product is written to sums[m]."""
+    """g − r and r, rows m and m + 1, in scratch; their product is added to sums[m]."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
@@ -655,14 +670,14 @@ def _subtract_reference(typingctx, storage, compute, m, table, offset, steps, di
             v.store_work(r, v.at(reference, step.index, VECTOR_BYTES))
             v.store_work(d, v.at(difference, step.index, VECTOR_BYTES))
             builder.store(v.fma(d, r, builder.load(running)), running)
-        v.store_lane_sums([builder.load(running)], v.at(sums, m, 8))
+        v.add_lane_sums([builder.load(running)], v.at(sums, m, 8))
 
     return types.void(storage, compute, m, table, offset, steps, difference, reference, sums), codegen
 
 
 @intrinsic(prefer_literal=True)
 def _multiply_rows(typingctx, count, storage, compute, table, first, offset, steps, difference, reference, sums):
-    """(g_k − r)ᵀ(g − r) for `count` rows from `first` on, written to sums[k]."""
+    """(g_k − r)ᵀ(g − r) for `count` rows from `first` on, added to sums[k]."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
@@ -676,18 +691,9 @@ def _multiply_rows(typingctx, count, storage, compute, table, first, offset, ste
             for start, sum_ in zip(starts, running, strict=True):
                 x = v.sub(v.load(v.at(start, step.index, v.stride)), r)
                 builder.store(v.fma(x, d, builder.load(sum_)), sum_)
-        v.store_lane_sums([builder.load(sum_) for sum_ in running], v.at(sums, first, 8))
+        v.add_lane_sums([builder.load(sum_) for sum_ in running], v.at(sums, first, 8))
 
     return types.void(count, storage, compute, table, first, offset, steps, difference, reference, sums), codegen
-
-
-@intrinsic
-def _row_address(typingctx, table, k):
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, "float64", "float64")
-        return v.pointers(args[0], args[1], 1, ir.Constant(ir.IntType(64), 0))[0]
-
-    return types.int64(table, k), codegen
 
 
 # -- combine ------------------------------------------------------------------------------------------------

@@ -56,10 +56,10 @@ class Vectors:
     # -- integers and loops ---------------------------------------------------------------------------------
 
     def at(self, address, offset, scale: int = 1):
-        """address + offset·scale, where offset is a Python int or an IR value."""
+        """address + offset·scale, where offset and scale are Python ints or IR values."""
         if isinstance(offset, int):
             return self.builder.add(address, I64(offset * scale))
-        return self.builder.add(address, self.builder.mul(offset, I64(scale)))
+        return self.builder.add(address, self.builder.mul(offset, I64(scale) if isinstance(scale, int) else scale))
 
     def pointers(self, table, first, count: int, offset):
         """Addresses of element `offset` in the rows first … first+count−1 of a table of row addresses."""
@@ -220,15 +220,16 @@ class Vectors:
             values = pairs + values[len(values) & ~1 :]
         return values[0]
 
-    def store_lane_sums(self, values, address):
-        """Each vector's sum over lanes, as consecutive float64: transposed while adding, as many at a time as lanes."""
+    def add_lane_sums(self, values, address):
+        """Add each vector's sum over lanes to consecutive float64, transposed on the way, as many at once as lanes."""
         for start in range(0, len(values), self.lanes):
             batch = values[start : start + self.lanes]
             order, total = self._transposed_sum(batch + [self.constant(0.0)] * (self.lanes - len(batch)))
             sums = self._shuffled(total, total, [order.index(k) for k in range(len(batch))])
             if self.compute != "float64":
                 sums = self.builder.fpext(sums, ir.VectorType(ir.DoubleType(), len(batch)))
-            self.builder.store(sums, self._pointer(self.at(address, 8 * start), sums.type), align=8)
+            target = self._pointer(self.at(address, 8 * start), sums.type)
+            self.builder.store(self.add(self.builder.load(target, align=8), sums), target, align=8)
 
     def _transposed_sum(self, vectors):
         """One vector that holds every input's lane sum, and which input each lane belongs to."""
