@@ -114,15 +114,14 @@ def plan(scale: Scale, tuned: dict[str, float]) -> list[Run]:
         sgd = Run(data, activation, *getattr(scale, data), "sgd", 1, best["sgd"])
         found += [*(replace(sgd, lr=lr) for lr in (best["sgd"], *PAPER_LRS))]
         found.append(replace(sgd, lr=best["momentum"], momentum=MOMENTUM))
-        for protocol, m in itertools.product(APART, WORKERS if activation == "tanh" else (most,)):
+        for protocol, m in itertools.product(APART, WORKERS if activation == "tanh" else (1, most)):
             newton = replace(sgd, protocol=protocol, workers=m, lr=best[protocol])
-            found += [newton, replace(newton, lr=PAPER_LRS[0])]
-            found += [replace(newton, ablation=True), replace(newton, max_rank=0)] if m > 1 else []
+            for lr in (best[protocol], *(PAPER_LRS if m in (1, most) else PAPER_LRS[:1])):
+                variants = ({}, {"ablation": True}, {"max_rank": 0}, {"lr_cap": "sigma"})
+                found += [replace(newton, lr=lr, **variant) for variant in (variants if m > 1 else variants[:1])]
             if activation == "tanh":
-                found += [replace(newton, lr_cap="sigma")] if m > 1 else []
                 found += [replace(newton, max_rank=j) for j in (1, 3) if j < m - 1]
                 found += [replace(newton, cutoff=cutoff) for cutoff in (0.5, 0.9) if m > 2]
-                found += [replace(newton, lr=PAPER_LRS[1])] if m == most else []
         if data == "cifar10" and activation == "tanh":
             found += [replace(sgd, protocol=protocol, workers=4, lr=best["own"]) for protocol in OTHERS]
     return [

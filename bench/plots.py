@@ -154,8 +154,9 @@ def figure1(found: dict, folder: Path) -> str:
                 curves.append(("SGD, ReLU", at.sgd(activation="relu"), COLOURS["NumPy, BLAS"], "-"))
             if rate == TUNED:
                 curves.append(("momentum SGD", at.sgd(momentum=MOMENTUM), COLOURS["momentum SGD"], "-"))
-                curves.append(("local SGD-8", at.newton(8, max_rank=0), COLOURS["local SGD"], "-"))
-                curves.append(("DistNewton-8 without Newton's part", at.newton(8, ablation=True), shades[-1], ":"))
+            curves.append(("local SGD-8", at.newton(8, max_rank=0), COLOURS["local SGD"], "-"))
+            curves.append(("DistNewton-8 without Newton's part", at.newton(8, ablation=True), shades[-1], ":"))
+            curves.append(("DistNewton-8, τ ≤ 1/σ_1", at.newton(8, lr_cap="sigma"), shades[-1], "--"))
             for label, one, colour, line in curves:
                 mean, spread = (np.array(one[key], float) for key in ("mean", "spread"))
                 axes.plot(one["evaluations"], mean, line, color=colour, lw=1.6, label=label)

@@ -259,6 +259,19 @@ def test_every_setting_is_run_once_and_with_its_seeds():
         assert seeds == ([0] if "workers" in change else [0, 1])
 
 
+def test_beside_every_curve_stands_what_it_is_compared_with():
+    best = {f"{data} {act} {method}": 0.3 for data, act, _ in figure1.PROBLEMS for method in METHODS}
+    runs = {replace(run, seed=0) for run in figure1.plan(TINY, best)}
+    plain = [run for run in runs if run.protocol in figure1.APART and run.max_rank is None and run.cutoff == 0.1]
+    curves = [run for run in plain if not run.ablation and run.lr_cap is None]
+    assert {run.lr for run in curves} == {0.3, *figure1.PAPER_LRS}
+    for run in curves:
+        alone = replace(run, workers=1)
+        beside = [alone, replace(alone, protocol="sgd"), replace(alone, protocol="sgd", lr=0.3, momentum=0.9)]
+        changes = [{"ablation": True}, {"max_rank": 0}, {"lr_cap": "sigma"}] if run.workers > 1 else []
+        assert runs >= {*beside, *(replace(run, **change) for change in changes)}
+
+
 METHODS = ("sgd", "momentum", "own", "diff")
 
 
@@ -372,7 +385,7 @@ def test_the_command_tells_what_reproduces(world, tmp_path, monkeypatch, capsys)
     found = json.loads((tmp_path / "figure1.json").read_text())
     rows = claims.table(found).rows
     verdicts = {(quote, rate): verdict for quote, _, rate, verdict, *_ in rows}
-    assert len(verdicts) == len(rows) == 20
+    assert len(verdicts) == len(rows) == 23
     if world is as_the_paper_says:
         assert set(verdicts.values()) == {"reproduces"}
     elif world is as_if_nothing_mattered:
