@@ -92,24 +92,16 @@ def _limited(count: int, step: Callable[[], object]) -> None:
 
 
 def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
-    first, second = arrays.pair(thetas, grads)
-    rows = arrays.output(out, first, (first, second)).rows
     given = (0.1, None, None, None, "raise")
     options, gram = Options.checked(*given), fn.gram(grads)
     small = (gram.matrix, gram.projection, gram.norm2, 0.1, gram.floor, M)
-
-    def described() -> None:
-        arrays.output(out, first, arrays.pair(thetas, grads))
-
-    plain = isinstance(grads, np.ndarray)  # then the compiled step finds addresses and strides itself
-    own = thetas, grads, out, np.empty(size_of(M)), host.settings(M, "float32", 1.0, options)
+    dtype, *plain, _ = arrays.plain(thetas, grads, out)
+    own = *plain, np.empty(size_of(M)), host.settings(M, dtype, 1.0, options)
     tasks: dict[str, Callable[[], object]] = {
         "the whole step": lambda: fn.step(thetas, grads, lr=1.0, out=out),
-        "arrays looked at": (lambda: arrays.plain_dtype(thetas, grads, out)) if plain else described,
+        "arrays looked at": lambda: arrays.plain(thetas, grads, out),
         "settings checked": lambda: (arrays.real(1.0, "lr"), Options.checked(*given)),
-        "gram, spectrum, combine": (lambda: cpu.step_of_arrays(*own, dtype="float32", compute="float32"))
-        if plain
-        else lambda: host.attempt(first, second, 1.0, options, rows, products="float32", sums="float32"),
+        "gram, spectrum, combine": lambda: cpu.step_of_arrays(*own, dtype=dtype, compute=dtype),
         "of it the eigenproblem": lambda: spectrum.spectrum(*small),
     }
     found = {name: sample.median for name, sample in interleaved(tasks, rounds=rounds).items()}

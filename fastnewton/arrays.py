@@ -136,17 +136,31 @@ def rows_of(stack: np.ndarray, dtype: str) -> Rows:
     return Rows(table, stack.shape[1], dtype, "numpy", stack)
 
 
-def plain_dtype(thetas: Any, grads: Any, out: Any) -> str | None:
-    """The dtype of NumPy arrays of float32 or float64 whose shapes go together, with an `out`, if any, that can be
-    written; None for anything else.  Strides are not looked at."""
-    if not (type(thetas) is type(grads) is np.ndarray and thetas.shape == grads.shape):
+def plain(thetas: Any, grads: Any, out: Any) -> tuple[str, np.ndarray, np.ndarray, np.ndarray, Any] | None:
+    """NumPy arrays or CPU tensors of PyTorch, float32 or float64, whose shapes go together: the dtype, NumPy's view of
+    each and of the result, and the result; None for anything else.  Strides are not looked at."""
+    kind = type(grads)
+    if not (type(thetas) is kind and (out is None or type(out) is kind)):
         return None
-    dtype = grads.dtype
-    if thetas.dtype != dtype or grads.ndim != 2 or not grads.size:
+    every = [thetas, grads] if out is None else [thetas, grads, out]
+    if kind is not np.ndarray:
+        torch = sys.modules.get("torch")
+        if torch is None or kind is not torch.Tensor or torch.autograd.forward_ad._current_level >= 0:
+            return None
+        try:
+            every = [tensor.numpy() for tensor in every]
+        except (RuntimeError, TypeError):  # it requires grad, is elsewhere, or the like
+            return None
+    first, second, *target = every
+    dtype, shape = _PLAIN.get(second.dtype), second.shape
+    if dtype is None or first.dtype != second.dtype or first.shape != shape or second.ndim != 2 or not second.size:
         return None
-    if out is not None and not (type(out) is np.ndarray and out.dtype == dtype and out.shape == grads.shape[1:]):
+    if target and not (target[0].dtype == second.dtype and target[0].shape == shape[1:] and target[0].flags.writeable):
         return None
-    return _PLAIN.get(dtype) if out is None or out.flags.writeable else None
+    if out is None:
+        out = aligned(shape[1], dtype) if kind is np.ndarray else torch.empty(shape[1], dtype=grads.dtype, device="cpu")
+        target = [out if kind is np.ndarray else out.numpy()]
+    return dtype, first, second, target[0], out
 
 
 def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:

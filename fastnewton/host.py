@@ -56,18 +56,18 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
     return info
 
 
-def short_step(thetas: Any, grads: Any, lr: float, options: Any, out: Any) -> tuple[np.ndarray, StepInfo] | None:
-    """A step of few workers whose NumPy arrays are in order, and in which nothing comes up; None for any other."""
-    dtype = None if options.reads_thetas else arrays.plain_dtype(thetas, grads, out)
-    if dtype is None or len(thetas) > small.SHORT_LIMIT:
+def short_step(thetas: Any, grads: Any, lr: float, options: Any, out: Any) -> tuple[Any, StepInfo] | None:
+    """A step of few workers whose arrays are plain and in order, and in which nothing comes up; None for any other."""
+    plain = None if options.reads_thetas else arrays.plain(thetas, grads, out)
+    if plain is None or len(thetas) > small.SHORT_LIMIT:
         return None
-    m, n = thetas.shape
-    target = arrays.aligned(n, thetas.dtype) if out is None else out
+    dtype, *given, result = plain
+    m, n = given[0].shape
     compute, record = options.compute(dtype), np.empty(size_of(m))
-    given = settings(m, dtype, lr, options)
-    taken = cpu.step_of_arrays(thetas, grads, target, record, given, dtype=dtype, compute=compute)
+    told = settings(m, dtype, lr, options)
+    taken = cpu.step_of_arrays(*given, record, told, dtype=dtype, compute=compute)
     info = StepInfo(record)
-    return (target, info) if taken and options.accepts(info, compute, m, n) else None
+    return (result, info) if taken and options.accepts(info, compute, m, n) else None
 
 
 def settings(m: int, dtype: str, lr: float, options: Any) -> tuple:

@@ -12,6 +12,7 @@ from problems import DTYPES, Logistic, Quadratic, ill_conditioned, orthonormal, 
 from scipy.optimize._nonlin import Anderson
 
 import fastnewton as fn
+from fastnewton import arrays
 
 SOME_M = [2, 3, 5, 8, 13]
 
@@ -230,18 +231,25 @@ def test_equal_gradients_are_averaged_sgd(rng, dtype, m):
     assert (error <= 4 * reference.eps_of(DTYPES[dtype]) * scale).all()
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("m", [1, 2, 8, 17, 32])
 @pytest.mark.parametrize("options", [{}, {"lr_cap": "sigma", "lr_rest": 0.25}, {"max_rank": 1, "cutoff": 1e-4}])
-def test_arrays_and_sequences_give_the_same_bits(rng, dtype, m, options):
-    """Compiled code looks at NumPy's arrays itself, and at nothing else."""
+def test_arrays_and_sequences_give_the_same_bits(rng, monkeypatch, library, dtype, m, options):
+    """Compiled code looks at the arrays of NumPy and PyTorch itself, and at nothing else."""
+    made = getattr(pytest.importorskip(library), {"numpy": "asarray", "torch": "from_numpy"}[library])
     thetas, grads = rng.standard_normal((2, m, 1403)).astype(dtype)
-    wide = np.zeros((2 * m, 1500), dtype)
+    wide, given = np.zeros((2 * m, 1500), dtype), np.zeros(1403, dtype)
     wide[::2, 3:1406] = grads
-    theta, info = fn.step(thetas, wide[::2, 3:1406], lr=0.5, **options)
     expected, wanted = fn.step(list(thetas), list(grads), lr=0.5, **options)
-    assert theta.tobytes() == expected.tobytes()
-    assert info.read().tobytes() == wanted.read().tobytes()
+    monkeypatch.setattr(arrays, "pair", lambda *given: pytest.fail("looked at by Python"))
+    for out in (None, made(given)):
+        theta, info = fn.step(made(thetas), made(wide)[::2, 3:1406], lr=0.5, out=out, **options)
+        assert np.asarray(theta).tobytes() == expected.tobytes()
+        assert info.read().tobytes() == wanted.read().tobytes()
+        assert type(theta) is type(made(given))
+        assert out is None or theta is out
+    assert given.tobytes() == expected.tobytes()
 
 
 # -- quadratics and convergence ------------------------------------------------------------------------------
