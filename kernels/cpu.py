@@ -1,8 +1,8 @@
 """The two passes over the workers' arrays on the CPU: `gram` and `combine`.
 
-Coordinates are walked in blocks of BLOCK.  `gram` centres a block and multiplies it while it is in the cache; each
-block gives one float64 part, and the parts are added in the tree of `tree.py`.  `combine` walks the blocks in the
-opposite order, since the end of the gradients is then still in the cache.
+Coordinates are walked in blocks of BLOCK.  `gram` centres a strip of a block and multiplies it while it is in the
+cache; each block gives one float64 part, and the parts are added in the tree of `tree.py`.  `combine` walks the blocks
+in the opposite order, since the end of the gradients is then still in the cache.
 
 Vectors are written out by `simd.py`; what is compiled for exactly m rows, one dtype and one precision is cached on
 disk.  Rows are given as tables of addresses, so that strided arrays and separate vectors are the same thing.
@@ -33,7 +33,7 @@ ON_DIAGONAL = TILE * (TILE + 3) // 2  # products of TILE rows with each other an
 GATHERED = 8  # rows that are added to the mean per round
 PACE = 8  # binary places of the bytes that are fetched per step
 DENSE = 16  # workers per byte of a value beyond which memory is not the limit, and strips are twice as long
-ROW_GAP = 64  # bytes between rows of a centred tile, or they would all fall into one set of the cache
+ROW_GAP = 64  # bytes between rows of the longest centred strip, or they would all fall into one set of the cache
 UNROLLED = 8  # rows beside the first whose combination is one straight line
 GROUP = 4  # rows that are added per round above that: more at one spacing fight for the ways of the caches
 
@@ -69,8 +69,8 @@ def layout() -> tuple[int, int, int]:
 # because the smallest directions of Θ drown in the rounding of float32 products.
 # Bytes: m·n·itemsize, twice that with thetas.  Flops: m(m+1)n + 2mn, twice that with thetas.
 # The joint Gram has all products of Θ, θ̄, G and ḡ, in float64.  Bytes: 2m·n·itemsize.  Flops: (2m+2)(2m+3)n.
-# Bits: a float32 lane takes at most 256 terms, lanes are added pairwise, and from there on all is float64 in the
-# order of the tree: the same for any number of threads or ranks.
+# Bits: a float32 lane takes at most 256 terms, lanes are added pairwise, and from there on all is float64, a block's
+# strips in turn, then blocks in the order of the tree: the same for any number of threads or ranks.
 
 
 def gram(grads, z=None, thetas=None, *, compute: str) -> RawGram:
@@ -585,7 +585,8 @@ def _scale(typingctx, compute, m, steps, row, norm2):
 def _fetch(v, ahead, index):
     """Prefetch from the next strip: its rows laid end to end, at `fetched` + index·pace in 2⁻ᴾᴬᶜᴱ bytes.
 
-    Evenly over all tiles: the few buffers for lines on their way from memory are full otherwise, and loads wait.
+    Evenly over all tiles: the few buffers for lines on their way from memory are full otherwise, and loads wait.  With
+    fewer tiles than rows some lines are left to the hardware.
     """
     table, offset, log_bytes, fetched, pace = cgutils.unpack_tuple(v.builder, ahead)
     position = v.builder.lshr(v.at(fetched, index, pace), ir.Constant(pace.type, PACE))

@@ -106,7 +106,7 @@ class Vectors:
         self.builder.store(value, self._pointer(address, self.type), align=VECTOR_BYTES)
 
     def prefetch(self, address):
-        """Bring a cache line into the second-level cache: the first is too small for a whole block of rows."""
+        """Bring a cache line into the second-level cache: the first is too small for all that is ahead."""
         byte = ir.IntType(8).as_pointer()
         function = self._declared("llvm.prefetch.p0", ir.VoidType(), [byte, I32, I32, I32])
         self.builder.call(function, [self.builder.inttoptr(address, byte), I32(0), I32(2), I32(1)])

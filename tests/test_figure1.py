@@ -260,16 +260,22 @@ def test_every_setting_is_run_once_and_with_its_seeds():
 
 
 def test_beside_every_curve_stands_what_it_is_compared_with():
-    best = {f"{data} {act} {method}": 0.3 for data, act, _ in figure1.PROBLEMS for method in METHODS}
+    rates = dict(zip(METHODS, (0.3, 0.1, 1.0, 3.0), strict=True))
+    best = {f"{data} {act} {method}": rates[method] for data, act, _ in figure1.PROBLEMS for method in METHODS}
     runs = {replace(run, seed=0) for run in figure1.plan(TINY, best)}
     plain = [run for run in runs if run.protocol in figure1.APART and run.max_rank is None and run.cutoff == 0.1]
     curves = [run for run in plain if not run.ablation and run.lr_cap is None]
-    assert {run.lr for run in curves} == {0.3, *figure1.PAPER_LRS}
+    for data, activation, most in figure1.PROBLEMS:
+        some = {run for run in curves if (run.data, run.activation) == (data, activation)}
+        kinds = {(run.protocol, run.workers, run.lr) for run in some}
+        wanted = [(way, m, lr) for way in figure1.APART for m in (1, most) for lr in (rates[way], *figure1.PAPER_LRS)]
+        assert kinds >= set(wanted)
     for run in curves:
         alone = replace(run, workers=1)
-        beside = [alone, replace(alone, protocol="sgd"), replace(alone, protocol="sgd", lr=0.3, momentum=0.9)]
+        sgd = [replace(alone, protocol="sgd", lr=lr) for lr in (rates["sgd"], *figure1.PAPER_LRS)]
+        momentum = replace(alone, protocol="sgd", lr=rates["momentum"], momentum=0.9)
         changes = [{"ablation": True}, {"max_rank": 0}, {"lr_cap": "sigma"}] if run.workers > 1 else []
-        assert runs >= {*beside, *(replace(run, **change) for change in changes)}
+        assert runs >= {alone, *sgd, momentum, *(replace(run, **change) for change in changes)}
 
 
 METHODS = ("sgd", "momentum", "own", "diff")
