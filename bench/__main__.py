@@ -78,8 +78,8 @@ minutes; with --quick less than 2.
 REGRESSION = """\
 Runs the benchmarks of `pytest bench --benchmark-only` and compares them, as ratios of time to roofline, with the
 baseline of this CPU under bench/results/, and bytes, memory held and messages with those of all machines.  Ends with
-status 1 where something is slower or moves more.  Half a minute; with --quick only what takes 1.5 times the baseline is
-too slow; with --update, 3 minutes on an idle machine, what is measured now is the baseline.
+status 1 where something is slower, or moves or holds another amount.  Half a minute; with --quick only what takes 1.5
+times the baseline is too slow; with --update, 3 minutes on an idle machine, what is measured now is the baseline.
 """
 REPORT = """\
 One page in HTML and Markdown of all that the sub-commands have written to --out.
@@ -90,7 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what the command line asks for."""
     options = argparse.Namespace(**DEFAULTS | vars(_parser().parse_args(arguments)))
     options.command = " ".join(["python -m bench", *(sys.argv[1:] if arguments is None else arguments)])
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out must be a folder that can be written; {error}") from error
     machine()  # looks at the load before this program makes some
     try:
         options.run(options, Console(width=None if sys.stdout.isatty() else 160))
@@ -100,6 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
     """`python -m bench`"""
+    if options.data is not None:
+        problems.training_files("mnist", options.data)  # what is missing is told before the peers are timed
     shapes = compare.curve(largest=20 if options.quick else 23)
     steps = _measured(shapes, [name for name in peers.installed() if name in peers.QUICK], options, 8.0, console)
     on_device = _measured_on_device(console)
@@ -359,6 +364,8 @@ def _finish(options: argparse.Namespace, console: Console, name: str, results: d
     parts = PARTS[name](results, options.out)
     for part in parts:
         part.print(console)
+    if options.quick and name != "regression":
+        console.print("\n--quick shows that all runs; what it finds rests on little.", highlight=False)
     pictures = [options.out / part.file for part in parts if isinstance(part, report.Picture)]
     _say_written(console, [data, *page.write(options.out, name, {name: (results, parts)}), *pictures])
 

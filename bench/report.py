@@ -144,7 +144,7 @@ def losses(rows: list[dict]) -> Words:
         if row["ratios"]["best peer"] < 1.1
     ]
     none = f"Nowhere: the step is the fastest at all {len(compared)} shapes." if compared else "No peer was timed."
-    return Words("Where we lose", said or [none])
+    return Words("Where we lose, by the time of a step", said or [none])
 
 
 def targets(rows: list[dict]) -> Table:

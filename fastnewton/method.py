@@ -30,6 +30,7 @@ SMALL_SQUARE = 2.0**-100  # a float32 product is off by 2⁻¹⁵⁰ and more, a
 
 ON_NONFINITE = ("raise", "drop", "propagate")
 LR_CAPS = (None, "sigma", "curvature")
+EXCHANGES = ("allgather", "sharded", "auto")  # over MPI
 
 
 class NonFiniteError(ArithmeticError):

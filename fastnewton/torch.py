@@ -14,7 +14,7 @@ except ImportError as error:
     raise ImportError("fastnewton.torch needs PyTorch: pip install 'fastnewton[train]'") from error
 
 from fastnewton import arrays
-from fastnewton.method import NonFiniteError, Options
+from fastnewton.method import EXCHANGES, NonFiniteError, Options
 from fastnewton.safeguards import Safeguards
 
 _GUARDED = Safeguards()  # stands for one of the optimizer's own, which counts for it alone
@@ -97,6 +97,7 @@ class DistNewton(torch.optim.Optimizer):
         spread: float | None = None,
     ):
         self.spread = None if spread is None else arrays.real(spread, "spread")
+        arrays.choice(exchange, "exchange", EXCHANGES)
         self.local_steps = _checked_local_steps(local_steps, self.spread)
         self.safeguards = Safeguards() if safeguards is _GUARDED else safeguards
         self._options = Options.checked(cutoff, None, lr_rest, None, nonfinite, self.safeguards)

@@ -296,6 +296,15 @@ def test_mpiexec_beside_the_interpreter_comes_first(monkeypatch, tmp_path):
         train.mpiexec()
 
 
+def test_what_the_main_job_lacks_is_told_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "measure", lambda *given, **more: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match="no train-images"):
+        main(["--quick", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path)])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="--out must be a folder"):
+        main(["--quick", "--out", str(tmp_path / "file")])
+
+
 def test_a_job_that_takes_too_long_is_ended():
     settings = {"data": None, "samples": 50, "l2": 0.1, "evaluations": 10**7, "seed": 0, "rests": [0.1]}
     with pytest.raises(RuntimeError, match="longer than 2 s"):

@@ -344,6 +344,7 @@ def test_pickle_is_told_of_state_dict(net):
         ({"nonfinite": "ignore"}, ValueError, "nonfinite"),
         ({"safeguards": True}, TypeError, "safeguards"),
         ({"comm": "world"}, TypeError, "comm"),
+        ({"exchange": "ring"}, ValueError, "exchange"),
         ({"params": []}, ValueError, "empty parameter list"),
     ],
 )

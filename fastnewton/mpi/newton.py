@@ -20,13 +20,12 @@ from fastnewton.info import StepInfo, size_of
 from fastnewton.kernels import threads
 from fastnewton.kernels.record import GO, STATUS
 from fastnewton.launch import foreign_launcher
-from fastnewton.method import Options, settled
+from fastnewton.method import EXCHANGES, Options, settled
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
 from fastnewton.mpi.failures import attempt, raise_first
 from fastnewton.mpi.segments import Lengths, Segment
 from fastnewton.safeguards import Safeguards
 
-EXCHANGES = ("allgather", "sharded", "auto")
 SHARDED_FROM = 1 << 18  # bytes of a gradient; measured: equal at 160 KiB with 4 ranks of one node, 800 KiB with 2
 
 _PROBLEM = -1.0  # in place of the digest of a rank's segments
