@@ -142,25 +142,25 @@ def plain(thetas: Any, grads: Any, out: Any) -> tuple[str, np.ndarray, np.ndarra
     kind = type(grads)
     if not (type(thetas) is kind and (out is None or type(out) is kind)):
         return None
-    every = [thetas, grads] if out is None else [thetas, grads, out]
-    if kind is not np.ndarray:
+    if kind is np.ndarray:
+        first, second, target = thetas, grads, out
+    else:
         torch = sys.modules.get("torch")
         if torch is None or kind is not torch.Tensor or torch.autograd.forward_ad._current_level >= 0:
             return None
         try:
-            every = [tensor.numpy() for tensor in every]
+            first, second, target = thetas.numpy(), grads.numpy(), None if out is None else out.numpy()
         except (RuntimeError, TypeError):  # it requires grad, is elsewhere, or the like
             return None
-    first, second, *target = every
-    dtype, shape = _PLAIN.get(second.dtype), second.shape
-    if dtype is None or first.dtype != second.dtype or first.shape != shape or second.ndim != 2 or not second.size:
+    dtype, shape = second.dtype, second.shape
+    if first.shape != shape or first.dtype != dtype or len(shape) != 2 or not second.size or dtype not in _PLAIN:
         return None
-    if target and not (target[0].dtype == second.dtype and target[0].shape == shape[1:] and target[0].flags.writeable):
-        return None
-    if out is None:
+    if target is None:
         out = aligned(shape[1], dtype) if kind is np.ndarray else torch.empty(shape[1], dtype=grads.dtype, device="cpu")
-        target = [out if kind is np.ndarray else out.numpy()]
-    return dtype, first, second, target[0], out
+        target = out if kind is np.ndarray else out.numpy()
+    elif not (target.dtype == dtype and target.shape == shape[1:] and target.flags.writeable):
+        return None
+    return _PLAIN[dtype], first, second, target, out
 
 
 def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:

@@ -61,11 +61,11 @@ def short_step(thetas: Any, grads: Any, lr: float, options: Any, out: Any) -> tu
     plain = None if options.reads_thetas else arrays.plain(thetas, grads, out)
     if plain is None or len(thetas) > small.SHORT_LIMIT:
         return None
-    dtype, *given, result = plain
-    m, n = given[0].shape
+    dtype, first, second, target, result = plain
+    m, n = second.shape
     compute, record = options.compute(dtype), np.empty(size_of(m))
-    told = settings(m, dtype, lr, options)
-    taken = cpu.step_of_arrays(*given, record, told, dtype=dtype, compute=compute)
+    given = settings(m, dtype, lr, options)
+    taken = cpu.step_of_arrays(first, second, target, record, given, dtype=dtype, compute=compute)
     info = StepInfo(record)
     return (result, info) if taken and options.accepts(info, compute, m, n) else None
 

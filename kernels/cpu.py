@@ -301,7 +301,6 @@ def _gram_run(job, kind, exactly, storage, compute, with_z):
                 _copy_rows(table, here, offset * itemsize, length * itemsize, strips * STRIP * itemsize, padded)
                 offset, length = 0, strips * STRIP
             strips = min(length, BLOCK) // STRIP
-            stack[height] = 0.0
             part = address(stack[height])
             _gram_block(kind, exactly, storage, compute, with_z, m, address(here), offset, strips, scratch, part)
             keep(here)
@@ -395,7 +394,7 @@ def _row_bytes(compute: str) -> int:
 
 
 def _gram_block(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-    """Add the products of one block to `sums`; only ever called from compiled code."""
+    """The products of one block, written to `sums`; only ever called from compiled code."""
 
 
 @overload(_gram_block, prefer_literal=True)
@@ -420,6 +419,7 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
         pace = max(vectors // tiles, width * size << PACE)
         dense, end = m > DENSE * size, offset + strips * STRIP
         length, log_bytes = STRIP << dense, LOG_STRIP + dense + log_size
+        _clear(sums, norms + 8 * (1 + extra) - sums)
         while offset < end:
             steps, following = min(length, end - offset) // width, offset + length
             products, last, fetched = sums, scratch, 0
@@ -448,6 +448,7 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
 
     def of_row(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
         difference, reference, steps = scratch, scratch + row, STRIP // width
+        _clear(sums, 8 * (m + 1))
         for start in range(offset, offset + strips * STRIP, STRIP):
             _subtract_reference(storage, compute, m, table, start, steps, difference, reference, sums)
             k = 0
@@ -509,7 +510,7 @@ def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strip
                         builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
                 for pair in members:
                     v.store_work(builder.load(running[pair]), slot[pair])
-        v.add_lane_sums([v.load_work(slot[pair]) for pair in pairs], sums)
+        v.store_lane_sums([v.load_work(slot[pair]) for pair in pairs], sums)
 
     return types.void(m, storage, compute, with_z, table, offset, strips, scratch, sums), codegen
 
@@ -529,6 +530,14 @@ def _rounds(pairs: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int
             members = []
         members.append(pair)
     return [*rounds, members]
+
+
+@intrinsic
+def _clear(typingctx, address, length):
+    def codegen(context, builder, signature, args):
+        cgutils.memset(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()), args[1], 0)
+
+    return types.void(address, length), codegen
 
 
 @jit

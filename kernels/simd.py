@@ -221,7 +221,11 @@ class Vectors:
         return values[0]
 
     def add_lane_sums(self, values, address):
-        """Add each vector's sum over lanes to consecutive float64, transposed on the way, as many at once as lanes."""
+        """As `store_lane_sums`, added to what is there."""
+        self.store_lane_sums(values, address, added=True)
+
+    def store_lane_sums(self, values, address, added: bool = False):
+        """Each vector's sum over lanes, as consecutive float64: transposed while adding, as many at a time as lanes."""
         for start in range(0, len(values), self.lanes):
             batch = values[start : start + self.lanes]
             order, total = self._transposed_sum(batch + [self.constant(0.0)] * (self.lanes - len(batch)))
@@ -229,7 +233,8 @@ class Vectors:
             if self.compute != "float64":
                 sums = self.builder.fpext(sums, ir.VectorType(ir.DoubleType(), len(batch)))
             target = self._pointer(self.at(address, 8 * start), sums.type)
-            self.builder.store(self.add(self.builder.load(target, align=8), sums), target, align=8)
+            sums = self.add(self.builder.load(target, align=8), sums) if added else sums
+            self.builder.store(sums, target, align=8)
 
     def _transposed_sum(self, vectors):
         """One vector that holds every input's lane sum, and which input each lane belongs to."""
