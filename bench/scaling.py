@@ -17,7 +17,6 @@ MS = (2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 CUBES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # m at which the eigenproblem is timed
 SHARDED = (1 << 22, 1 << 24, 1 << 26)  # n of which a rank gets n/m coordinates
 WRITES = (2, 8, 32, 128, 512)
-TOO_FAR = 0.3  # off by so much on points left out, a model of Writes says nothing
 FILLING = 1 << 33  # of m²n, and
 EIGENPROBLEMS = 1 << 36  # of m⁴: what handing in the first row of every worker may cost
 CHECKED = 1 << 22  # up to this m·n a result is checked against the reference before it is timed
@@ -268,8 +267,6 @@ def _of_a_rank(rows: list[dict]) -> str:
 def _of_a_write(fit: dict, name: str) -> str:
     without, with_it = (fit["left out"][str(model)] for model in (fits.WRITE, fits.WRITE_OF_ALL))
     verdict = "yes: no m²n term is seen" if with_it > 0.9 * without else "not as measured: an m²n term fits better"
-    if min(without, with_it) > TOO_FAR:
-        verdict = "cannot be told: neither model fits"
     return (
         f"Per asynchronous Write ({name.partition(', ')[2]}) {verdict}. Points left out of a + b·mn + d·m³ are off by "
         f"{100 * without:.0f} %, with c·m²n added by {100 * with_it:.0f} %."
