@@ -146,7 +146,9 @@ def plain(thetas: Any, grads: Any, out: Any) -> tuple[str, np.ndarray, np.ndarra
         first, second, target = thetas, grads, out
     else:
         torch = sys.modules.get("torch")
-        if torch is None or kind is not torch.Tensor or torch.autograd.forward_ad._current_level >= 0:
+        if torch is None or kind is not torch.Tensor or not grads.is_cpu:
+            return None
+        if torch.autograd.forward_ad._current_level >= 0:
             return None
         try:
             first, second, target = thetas.numpy(), grads.numpy(), None if out is None else out.numpy()

@@ -121,7 +121,7 @@ def test_exporters_of_every_type(rng, cupy, dtype):
 class Tensor:
     """As much of a CUDA tensor of PyTorch as is looked at."""
 
-    requires_grad = is_nested = False
+    requires_grad = is_nested = is_cpu = False
     layout = "strided"
 
     def __init__(self, array):
