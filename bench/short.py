@@ -95,11 +95,11 @@ def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
     given = (0.1, None, None, None, "raise")
     options, gram = Options.checked(*given), fn.gram(grads)
     small = (gram.matrix, gram.projection, gram.norm2, 0.1, gram.floor, M)
-    dtype, *plain, _ = arrays.plain(thetas, grads, out)
+    dtype, *plain, _ = arrays.plain(thetas, grads, out, M)
     own = *plain, np.empty(size_of(M)), host.settings(M, dtype, 1.0, options)
     tasks: dict[str, Callable[[], object]] = {
         "the whole step": lambda: fn.step(thetas, grads, lr=1.0, out=out),
-        "arrays looked at": lambda: arrays.plain(thetas, grads, out),
+        "arrays looked at": lambda: arrays.plain(thetas, grads, out, M),
         "settings checked": lambda: (arrays.real(1.0, "lr"), Options.checked(*given)),
         "gram, spectrum, combine": lambda: cpu.step_of_arrays(*own, dtype=dtype, compute=dtype),
         "of it the eigenproblem": lambda: spectrum.spectrum(*small),

@@ -136,9 +136,10 @@ def rows_of(stack: np.ndarray, dtype: str) -> Rows:
     return Rows(table, stack.shape[1], dtype, "numpy", stack)
 
 
-def plain(thetas: Any, grads: Any, out: Any) -> tuple[str, np.ndarray, np.ndarray, np.ndarray, Any] | None:
-    """NumPy arrays or CPU tensors of PyTorch, float32 or float64, whose shapes go together: the dtype, NumPy's view of
-    each and of the result, and the result; None for anything else.  Strides are not looked at."""
+def plain(thetas: Any, grads: Any, out: Any, most: int) -> tuple[str, np.ndarray, np.ndarray, np.ndarray, Any] | None:
+    """NumPy arrays or CPU tensors of PyTorch, float32 or float64, of at most so many workers, whose shapes go together:
+    the dtype, NumPy's view of each and of the result, and the result; None for anything else.  Strides are not looked
+    at."""
     kind = type(grads)
     if not (type(thetas) is kind and (out is None or type(out) is kind)):
         return None
@@ -155,7 +156,9 @@ def plain(thetas: Any, grads: Any, out: Any) -> tuple[str, np.ndarray, np.ndarra
         except (RuntimeError, TypeError):  # it requires grad, is elsewhere, or the like
             return None
     dtype, shape = second.dtype, second.shape
-    if first.shape != shape or first.dtype != dtype or len(shape) != 2 or not second.size or dtype not in _PLAIN:
+    if first.shape != shape or first.dtype != dtype or dtype not in _PLAIN:
+        return None
+    if len(shape) != 2 or shape[0] > most or not second.size:
         return None
     if target is None:
         out = aligned(shape[1], dtype) if kind is np.ndarray else torch.empty(shape[1], dtype=grads.dtype, device="cpu")

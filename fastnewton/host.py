@@ -58,8 +58,8 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
 
 def short_step(thetas: Any, grads: Any, lr: float, options: Any, out: Any) -> tuple[Any, StepInfo] | None:
     """A step of few workers whose arrays are plain and in order, and in which nothing comes up; None for any other."""
-    plain = None if options.reads_thetas else arrays.plain(thetas, grads, out)
-    if plain is None or len(thetas) > small.SHORT_LIMIT:
+    plain = None if options.reads_thetas else arrays.plain(thetas, grads, out, small.SHORT_LIMIT)
+    if plain is None:
         return None
     dtype, first, second, target, result = plain
     m, n = second.shape

@@ -233,7 +233,7 @@ def test_equal_gradients_are_averaged_sgd(rng, dtype, m):
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("m", [1, 8, 17, 32])
+@pytest.mark.parametrize("m", [1, 2, 8, 17, 32])
 @pytest.mark.parametrize("options", [{}, {"lr_cap": "sigma", "lr_rest": 0.25}, {"max_rank": 1, "cutoff": 1e-4}])
 def test_arrays_and_sequences_give_the_same_bits(rng, monkeypatch, library, dtype, m, options):
     """Compiled code looks at the arrays of NumPy and PyTorch itself, and at nothing else."""
