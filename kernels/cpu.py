@@ -13,11 +13,11 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from fastnewton.kernels import spectrum, threads, tree
+from fastnewton.kernels import memory, spectrum, threads, tree
 from fastnewton.kernels.addresses import overlaps
 from fastnewton.kernels.compile import FLOAT, FLOATS, FLOATS_2D, INT, INTS, INTS_2D, entry, jit, kernel
 from fastnewton.kernels.record import GO, HEADER, LR, LR_REST, RESULT, STATUS
-from fastnewton.kernels.simd import ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
+from fastnewton.kernels.simd import CACHE_LINE, ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
 from fastnewton.kernels.threads import add, address, keep
 from llvmlite import ir
 from numba import carray, types
@@ -75,18 +75,20 @@ def layout() -> tuple[int, int, int]:
 
 def gram(grads, z=None, thetas=None, *, compute: str) -> RawGram:
     """K, b and the norms over all coordinates; arguments as in `gram_parts`."""
-    places, parts = _pieces_of_gram(grads, z, thetas, compute, 0, blocks(grads.n))
-    return unpacked(tree.total(places, parts), grads.m, with_z=z is not None, with_thetas=thetas is not None)
+    parts = _parts_of_gram(grads, z, thetas, compute, 0, blocks(grads.n))
+    return unpacked(_of_all(parts), grads.m, with_z=z is not None, with_thetas=thetas is not None)
 
 
 def joint_gram(thetas, grads) -> RawGram:
     """All products of Θ, θ̄, G and ḡ over all coordinates."""
-    return unpacked_joint(tree.total(*_pieces_of_joint(thetas, grads, 0, blocks(grads.n))), grads.m)
+    return unpacked_joint(_of_all(joint_parts(thetas, grads, first=0, last=blocks(grads.n))), grads.m)
 
 
 def joint_parts(thetas, grads, *, first: int, last: int) -> np.ndarray:
     """As `gram_parts`, of the joint Gram."""
-    return tree.merged(*_pieces_of_joint(thetas, grads, first, last), first, last, blocks(grads.n))
+    table = np.concatenate([thetas.table, grads.table])
+    passes = [(_gram_kernel_of("joint", grads.dtype), table, joint_size(grads.m))]
+    return _over_blocks(passes, grads.m, grads.n, grads.itemsize, first, last)
 
 
 def gram_parts(grads, thetas=None, *, compute: str, first: int, last: int) -> np.ndarray:
@@ -95,11 +97,10 @@ def gram_parts(grads, thetas=None, *, compute: str, first: int, last: int) -> np
     grads and thetas are Rows of one shape and dtype; compute is "float32" or "float64", the type in which products of
     gradients are formed.
     """
-    places, parts = _pieces_of_gram(grads, None, thetas, compute, first, last)
-    return tree.merged(places, parts, first, last, blocks(grads.n))
+    return _parts_of_gram(grads, None, thetas, compute, first, last)
 
 
-def _pieces_of_gram(grads, z, thetas, compute: str, first: int, last: int):
+def _parts_of_gram(grads, z, thetas, compute: str, first: int, last: int):
     m = grads.m
     with_z, with_thetas = z is not None, thetas is not None
     table = np.concatenate([grads.table, z.table]) if with_z else grads.table
@@ -109,22 +110,32 @@ def _pieces_of_gram(grads, z, thetas, compute: str, first: int, last: int):
     return _over_blocks(passes, m, grads.n, grads.itemsize, first, last)
 
 
-def _pieces_of_joint(thetas, grads, first: int, last: int):
-    table = np.concatenate([thetas.table, grads.table])
-    passes = [(_gram_kernel_of("joint", grads.dtype), table, joint_size(grads.m))]
-    return _over_blocks(passes, grads.m, grads.n, grads.itemsize, first, last)
-
-
-def _over_blocks(passes, m: int, n: int, itemsize: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places and parts of the pieces of work; a pass is a kernel, its table of rows, and the numbers in its parts."""
+def _over_blocks(passes, m: int, n: int, itemsize: int, first: int, last: int) -> np.ndarray:
+    """The parts of the maximal subtrees of a run of blocks; a pass is a kernel, its table of rows, and the numbers in
+    its parts."""
     helpers = threads.helpers_for(m * n * itemsize >= THREADED_BYTES or m * m * n >= THREADED_FLOPS)
     places = _pieces(first, last, blocks(n), helpers, sum(size for *_, size in passes))
-    words = threads.team.words
-    sums = [np.empty((len(places), size)) for *_, size in passes]
-    for (code, table, _), result in zip(passes, sums, strict=True):
-        if not _run_gram(words, helpers, code, m, table, n, places, last, result):
+    words, found = threads.team.words, []
+    for code, table, size in passes:
+        room = memory.borrowed(_room(len(places), size, table.size, last, helpers))
+        if not _run_gram(words, helpers, code, m, table, n, places, last, size, room):
             raise MemoryError("no memory for the scratch of a kernel")
-    return places, sums[0] if len(sums) == 1 else np.hstack(sums)
+        found.append(tree.merged(places, _sums(places, size, room), first, last, blocks(n)))
+        memory.returned(room)
+    return found[0] if len(found) == 1 else np.hstack(found)
+
+
+def _of_all(parts: np.ndarray) -> np.ndarray:
+    """The one part of all blocks; zeros where there are no blocks."""
+    return parts[0] if len(parts) else np.zeros(parts.shape[1])
+
+
+def _room(pieces: int, size: int, rows: int, last: int, helpers: int) -> int:
+    """Numbers that `_gram_on_threads` needs room for: the parts of all pieces, and each thread's own."""
+    straight = (STRAIGHT + 2) * STRIP * 8 + (len(_pairs(STRAIGHT, True)) + 1) * VECTOR_BYTES
+    tiled = (rows + 2 * TILE) * _row_bytes("float64")  # whole tiles, and two means
+    work = max(straight, tiled) + CACHE_LINE
+    return pieces * size + (helpers + 1) * (work // 8 + (last.bit_length() + 1) * size)
 
 
 @lru_cache(maxsize=256)
@@ -159,7 +170,7 @@ def row_products(grads, row, reference) -> tuple[np.ndarray, float]:
     """
     table = np.concatenate([grads.table, row.table, reference.table])
     passes = [(_gram_kernel_of("row", grads.dtype), table, grads.m + 1)]
-    values = tree.total(*_over_blocks(passes, grads.m, grads.n, grads.itemsize, 0, blocks(grads.n)))
+    values = _of_all(_over_blocks(passes, grads.m, grads.n, grads.itemsize, 0, blocks(grads.n)))
     return values[:-1], float(values[-1])
 
 
@@ -189,6 +200,11 @@ def _pairs(m: int, with_z: bool) -> list[tuple[int, int]]:
     last = m + with_z
     within = [(i, j) for i in range(m) for j in range(i, m)]
     return within + [(i, last) for i in range(m)] + [(m, m)] + ([(last, last)] if with_z else [])
+
+
+def _sums(places, size: int, room: np.ndarray) -> np.ndarray:
+    """The parts that `_gram_on_threads` has put there."""
+    return room[: len(places) * size].reshape(-1, size)
 
 
 def _gram_size(m: int, with_z: bool) -> int:
@@ -260,19 +276,20 @@ def _gram_kernel_of(kind: str, storage: str) -> int:
 
 
 @jit
-def _gram_on_threads(team, helpers, code, m, table, n, places, last, sums):
-    """Run a gram kernel over the pieces; false if it failed."""
-    taken = np.zeros(1, np.int64)
-    job = np.empty(10, np.int64)
+def _gram_on_threads(team, helpers, code, m, table, n, places, last, size, room):
+    """Run a gram kernel over the pieces, whose parts come first in `room`; false if it failed."""
+    counters = np.zeros(2, np.int64)  # pieces taken, threads that have come
+    own = address(room) + 8 * len(places) * size
+    job = np.empty(12, np.int64)
     job[0], job[1], job[2], job[3], job[4] = m, address(table), table.size, n, last
-    job[5], job[6], job[7] = address(places), len(places), address(taken)
-    job[8], job[9] = address(sums), sums.shape[1]
+    job[5], job[6], job[7] = address(places), len(places), address(counters)
+    job[8], job[9], job[10], job[11] = address(room), size, own, (address(room) + 8 * room.size - own) // (helpers + 1)
     done = threads.shared(team, code, helpers, job)
-    keep(taken)
+    keep(counters)
     return done
 
 
-_run_gram = entry(_gram_on_threads, INTS, INT, INT, INT, INTS, INT, INTS_2D, INT, FLOATS_2D)
+_run_gram = entry(_gram_on_threads, INTS, INT, INT, INT, INTS, INT, INTS_2D, INT, INT, FLOATS)
 
 
 @jit
@@ -281,13 +298,12 @@ def _gram_run(job, kind, exactly, storage, compute, with_z):
 
     The blocks' parts are added in a binary counter, whose digits are complete subtrees.
     """
-    words = carray(_at(job), (10,), np.int64)
+    words = carray(_at(job), (12,), np.int64)
     m, rows, n, last, itemsize = words[0], words[2], words[3], words[4], _itemsize(storage)
     table, pieces = carray(_at(words[1]), (rows,), np.int64), carray(_at(words[5]), (words[6], 2), np.int64)
-    sums = carray(_at(words[8]), (words[6], words[9]), np.float64)
-    work = _work(kind, compute, rows)
-    scratch = (address(work) + 63) & ~63
-    stack = np.empty((_digits(last) + 1, sums.shape[1]))
+    size, depth, own = words[9], _digits(last) + 1, words[10] + words[11] * add(words[7] + 8, 1)
+    sums, scratch = carray(_at(words[8]), (words[6], size), np.float64), (own + 63) & ~63
+    stack = carray(_at(own + words[11] - 8 * depth * size), (depth, size), np.float64)
     padded = np.empty(0, np.uint8)
     index = add(words[7], 1)
     while index < len(pieces):
@@ -316,7 +332,6 @@ def _gram_run(job, kind, exactly, storage, compute, with_z):
             tree.add_to(stack[height - 1], stack[height])
         sums[index] = stack[0]
         index = add(words[7], 1)
-    keep(work)
 
 
 @intrinsic
@@ -374,19 +389,6 @@ def _lanes(compute):
 def _lanes_compiled(compute):
     width = lanes(compute.literal_value)
     return lambda compute: width
-
-
-def _work(kind, compute, rows):
-    """Scratch of one strip: whole tiles of the rows, and two means."""
-
-
-@overload(_work, prefer_literal=True)
-def _work_compiled(kind, compute, rows):
-    row = _row_bytes(compute.literal_value)
-    straight = 64 + (STRAIGHT + 2) * STRIP * 8 + (len(_pairs(STRAIGHT, True)) + 1) * VECTOR_BYTES
-    if kind.literal_value == "straight":
-        return lambda kind, compute, rows: np.empty(straight, np.uint8)
-    return lambda kind, compute, rows: np.empty(64 + (rows + 2 * TILE) * row, np.uint8)
 
 
 def _row_bytes(compute: str) -> int:
@@ -942,9 +944,12 @@ def step(thetas, grads, out, record, settings, *, products: str, sums: str) -> N
     """
     m, n, itemsize = thetas.m, thetas.n, thetas.itemsize
     helpers = threads.helpers_for(m * n * itemsize >= THREADED_BYTES)
-    given = *_plan(m, n, grads.dtype, products, sums, helpers), thetas.table, grads.table, out.table, n, itemsize
-    if not _run_step(threads.team.words, helpers, *given, *settings, record):
+    plan, numbers = _plan(m, n, grads.dtype, products, sums, helpers)
+    given = *plan, thetas.table, grads.table, out.table, n, itemsize
+    room = memory.borrowed(numbers)
+    if not _run_step(threads.team.words, helpers, room, *given, *settings, record):
         raise MemoryError("no memory for the scratch of a kernel")
+    memory.returned(room)
 
 
 def step_of_arrays(thetas, grads, out, record, settings, *, dtype: str, compute: str) -> bool:
@@ -952,27 +957,31 @@ def step_of_arrays(thetas, grads, out, record, settings, *, dtype: str, compute:
     order, and has taken the step."""
     m, n = thetas.shape
     helpers = threads.helpers_for(thetas.nbytes >= THREADED_BYTES)
-    given = *_plan(m, n, dtype, compute, compute, helpers), thetas, grads, out
-    return bool(_step_entry(dtype)(threads.team.words, helpers, *given, *settings, record))
+    plan, numbers = _plan(m, n, dtype, compute, compute, helpers)
+    room = memory.borrowed(numbers)
+    taken = _step_entry(dtype)(threads.team.words, helpers, room, *plan, thetas, grads, out, *settings, record)
+    memory.returned(room)
+    return bool(taken)
 
 
 @lru_cache(maxsize=256)
 def _plan(m: int, n: int, dtype: str, products: str, sums: str, helpers: int):
-    """The kernels of a step, its pieces of work, and what is in their parts."""
+    """The kernels of a step, its pieces of work, and what is in their parts; the numbers that it needs room for."""
     codes = _gram_kernel(m, dtype, products, False), _combine_kernel(m, dtype, sums, "mean")
     size = _gram_size(m, False)
-    return *codes, _pieces(0, blocks(n), blocks(n), helpers, size), _positions(m, False), size
+    places = _pieces(0, blocks(n), blocks(n), helpers, size)
+    return (*codes, places, _positions(m, False), size), _room(len(places), size, m, blocks(n), helpers)
 
 
 @jit
 def _step_on_threads(
-    team, helpers, gram_code, combine_code, places, positions, size, thetas, grads, out, n, itemsize,
+    team, helpers, room, gram_code, combine_code, places, positions, size, thetas, grads, out, n, itemsize,
     eps, cutoff, largest_rank, lr, lr_rest, sigma_cap, guarded, record,
 ):  # fmt: skip
     m = thetas.size
-    parts = np.empty((len(places), size))
-    if not _gram_on_threads(team, helpers, gram_code, m, grads, n, places, (n + BLOCK - 1) // BLOCK, parts):
+    if not _gram_on_threads(team, helpers, gram_code, m, grads, n, places, (n + BLOCK - 1) // BLOCK, size, room):
         return False
+    parts = carray(_at(address(room)), (len(places), size), np.float64)
     values, products = tree.add_up(places, parts), np.empty(positions.shape)
     for i in range(m + 1):
         for j in range(m + 1):
@@ -991,7 +1000,7 @@ def _step_on_threads(
 
 @jit
 def _step_on_arrays(
-    team, helpers, gram_code, combine_code, places, positions, size, thetas, grads, out,
+    team, helpers, room, gram_code, combine_code, places, positions, size, thetas, grads, out,
     eps, cutoff, largest_rank, lr, lr_rest, sigma_cap, guarded, record,
 ):  # fmt: skip
     m, n, itemsize = thetas.shape[0], thetas.shape[1], thetas.itemsize
@@ -1002,7 +1011,7 @@ def _step_on_arrays(
     if overlaps(target[0], end, first, n * itemsize) or overlaps(target[0], end, second, n * itemsize):
         return False
     return _step_on_threads(
-        team, helpers, gram_code, combine_code, places, positions, size, first, second, target, n, itemsize,
+        team, helpers, room, gram_code, combine_code, places, positions, size, first, second, target, n, itemsize,
         eps, cutoff, largest_rank, lr, lr_rest, sigma_cap, guarded, record,
     )  # fmt: skip
 
@@ -1017,7 +1026,7 @@ def _tabled(rows, table):
     return (rows.strides[0] | address(rows)) % rows.itemsize == 0
 
 
-_PLAN = INT, INT, INTS_2D, INTS_2D, INT
+_PLAN = FLOATS, INT, INT, INTS_2D, INTS_2D, INT
 _SETTINGS = FLOAT, FLOAT, INT, FLOAT, FLOAT, INT, INT
 _run_step = entry(_step_on_threads, INTS, INT, *_PLAN, INTS, INTS, INTS, INT, INT, *_SETTINGS, FLOATS)
 

@@ -7,7 +7,7 @@ from fastnewton.kernels.compile import FLOAT, INT, entry, jit
 from fastnewton.kernels.record import CAPTURED, GO, HEADER, LR, LR_REST, NOT_FINITE, RANK, STATUS
 from numba import types
 
-COMPILED_LIMIT = 128  # workers; LAPACK is faster from 64 on, but its threads then spin on where helpers should run
+COMPILED_LIMIT = 128  # workers; LAPACK is faster above, but its threads then spin on where helpers should run
 SHORT_LIMIT = 32  # up to here it is over before helpers sleep, so that a step can be one call
 _MOST_STEPS = 60  # for one eigenvalue; two or three are usual
 
@@ -108,71 +108,87 @@ def _spectrum(matrix, projection, norm2, cutoff, floor, largest_rank):
 
 @jit
 def _eigh(matrix):
-    """Eigenvalues and eigenvectors of a symmetric matrix: Householder's tridiagonal form, then implicit QL steps.
+    """Eigenvalues and, as rows, eigenvectors of a symmetric matrix: Householder's tridiagonal form, from the last row
+    up, then implicit QL steps.
 
-    Golub & Van Loan, Matrix Computations, sections 8.3.1 and 8.3.3.  Loops throughout: they compile in a
-    fraction of the time that whole-array expressions take.
+    Golub & Van Loan, Matrix Computations, sections 8.3.1 and 8.3.3.  Loops throughout: they compile in a fraction of
+    the time that whole-array expressions take, and into vectors where they begin at 0.
     """
     m = matrix.shape[0]
     scale = 0.0
     for i in range(m):
         for j in range(m):
             scale = max(scale, abs(matrix[i, j]))
-    a, rows = np.zeros((m, m)), np.zeros((m, m))  # rows become the eigenvectors
+    a, basis, vectors = np.zeros((m, m)), np.zeros((m, m)), np.zeros((m, m))
+    diagonal, beside, betas, work = np.zeros(m), np.zeros(m), np.zeros(m), np.zeros(m)
     for i in range(m):
-        rows[i, i] = 1.0
+        basis[i, i] = 1.0
         for j in range(m):
             a[i, j] = matrix[i, j] / scale if scale > 0 else 0.0  # squares do not overflow
-    diagonal, beside, v, w = np.zeros(m), np.zeros(m), np.zeros(m), np.zeros(m)
-    for k in range(m - 1):
-        _reflect(a, rows, k, v, w)
+    for k in range(m - 1, 0, -1):
+        betas[k], beside[k - 1] = _reflect(a, k, vectors[k], work)
     for k in range(m):
         diagonal[k] = a[k, k]
-        beside[k] = a[k + 1, k] if k < m - 1 else 0.0
+        if betas[k] > 0:
+            _add_rows(basis, k, betas[k], vectors[k], work)
+            for i in range(k):
+                for j in range(k):
+                    basis[i, j] -= vectors[k, i] * work[j]
+    for i in range(m):
+        for j in range(m):
+            a[j, i] = basis[i, j]
     for first in range(m):
         for _step in range(_MOST_STEPS):
             last = _end_of_block(diagonal, beside, first)
             if last == first:
                 break
-            _ql_step(diagonal, beside, rows, first, last)
+            _ql_step(diagonal, beside, a, first, last)
     for k in range(m):
         diagonal[k] *= scale
-    return diagonal, rows
+    return diagonal, a
 
 
 @jit
-def _reflect(a, rows, k, v, w):
-    """Clear column k below the element beside the diagonal: a ← HaH and rows ← H·rows with H = I − βvvᵀ."""
-    m = a.shape[0]
-    below = 0.0
-    for i in range(m):
-        v[i] = a[i, k] if i > k else 0.0
-        below += v[i] * v[i] if i > k + 1 else 0.0
+def _reflect(a, k, v, w):
+    """Clear row k left of the element beside the diagonal: the block before it ← H·block·H with H = I − βvvᵀ.
+
+    β, 0 where there is nothing to clear, and what the element becomes.
+    """
+    below, head = 0.0, a[k, k - 1]
+    for i in range(k - 1):
+        v[i] = a[k, i]
+        below += v[i] * v[i]
     if below == 0:
-        return
-    head = v[k + 1]
-    length = math.sqrt(head * head + below)
-    v[k + 1] = head + length if head >= 0 else head - length
-    beta = 2 / (v[k + 1] * v[k + 1] + below)
+        return 0.0, head
+    length = math.copysign(math.sqrt(head * head + below), head)
+    v[k - 1] = head + length
+    beta = 2 / (v[k - 1] * v[k - 1] + below)
+    _add_rows(a, k, beta, v, w)
     half = 0.0
-    for i in range(m):
-        w[i] = 0.0
-        for j in range(k + 1, m):
-            w[i] += beta * a[i, j] * v[j]
+    for i in range(k):
         half += beta / 2 * v[i] * w[i]
-    for i in range(m):
+    for i in range(k):
         w[i] -= half * v[i]
-    for i in range(k, m):
-        for j in range(k, m):
+    for i in range(k):
+        for j in range(k):
             a[i, j] -= v[i] * w[j] + w[i] * v[j]
-    for j in range(m):
+    return beta, -length
+
+
+@jit
+def _add_rows(a, size, beta, v, w):
+    """w = βvᵀA for the leading block, four rows at a time, so that w is loaded and stored less often."""
+    for j in range(size):
         w[j] = 0.0
-    for i in range(k + 1, m):
-        for j in range(m):
-            w[j] += beta * v[i] * rows[i, j]
-    for i in range(k + 1, m):
-        for j in range(m):
-            rows[i, j] -= v[i] * w[j]
+    whole = size - size % 4
+    for i in range(0, whole, 4):
+        first, second, third, fourth = beta * v[i], beta * v[i + 1], beta * v[i + 2], beta * v[i + 3]
+        for j in range(size):
+            w[j] += (first * a[i, j] + second * a[i + 1, j]) + (third * a[i + 2, j] + fourth * a[i + 3, j])
+    for i in range(whole, size):
+        factor = beta * v[i]
+        for j in range(size):
+            w[j] += factor * a[i, j]
 
 
 @jit

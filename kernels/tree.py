@@ -31,7 +31,9 @@ def subtrees(first: int, last: int, blocks: int, largest: int = 62) -> list[tupl
 
 
 def merged(places: np.ndarray, parts: np.ndarray, first: int, last: int, blocks: int) -> np.ndarray:
-    """The parts of the maximal subtrees of a run, from parts that cover it in order."""
+    """The parts of the maximal subtrees of a run, from parts that cover it in order, and are overwritten."""
+    if first == 0 and last == blocks > 0:
+        return total(places, parts)[None]
     starts = [start for start, _ in subtrees(first, last, blocks)]
     bounds = [*np.searchsorted(places[:, 0], starts), len(places)]
     groups = [slice(*pair) for pair in itertools.pairwise(bounds)]
@@ -39,27 +41,28 @@ def merged(places: np.ndarray, parts: np.ndarray, first: int, last: int, blocks:
 
 
 def total(places: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """The sum (size,) over a subtree or over all blocks, from parts that cover it in order; zeros of none."""
+    """The sum (size,) over a subtree or over all blocks, from parts that cover it in order, and are overwritten; zeros
+    of none."""
     return _summed(places, parts)
 
 
 @jit
 def add_up(places, parts):
-    kept, sums = np.empty_like(places), np.empty_like(parts)
+    kept = np.empty_like(places)
     height = 0
     for index in range(len(places)):
         start, level = places[index]
-        sums[height] = parts[index]
+        parts[height] = parts[index]
         while height and kept[height - 1, 1] == level and kept[height - 1, 0] % (2 << level) == 0:
             height -= 1
-            add_to(sums[height], sums[height + 1])
+            add_to(parts[height], parts[height + 1])
             start, level = kept[height, 0], level + 1
         kept[height, 0], kept[height, 1] = start, level
         height += 1
     while height > 1:
         height -= 1
-        add_to(sums[height - 1], sums[height])
-    return sums[0].copy() if height else np.zeros(parts.shape[1])
+        add_to(parts[height - 1], parts[height])
+    return parts[0].copy() if height else np.zeros(parts.shape[1])
 
 
 @jit
