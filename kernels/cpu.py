@@ -417,8 +417,7 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
         count = stacks * side
         tiles = count * (count + 1) // 2
         norms = sums + 8 * (ON_DIAGONAL * count + TILE * TILE * (tiles - count))
-        panels, vectors = scratch + 2 * row, stacks * m * (width * size << PACE)
-        pace = max(vectors // tiles, width * size << PACE)
+        panels, pace = scratch + 2 * row, stacks * m * (width * size << PACE) // tiles
         dense, end = m > DENSE * size, offset + strips * STRIP
         length, log_bytes = STRIP << dense, LOG_STRIP + dense + log_size
         _clear(sums, norms + 8 * (1 + extra) - sums)
@@ -440,10 +439,7 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
                 for j in range(i + 1, count):
                     left, right = panels + i * TILE * row, panels + j * TILE * row
                     ahead = (table, following, log_bytes, fetched, pace)
-                    if fetched < vectors * steps:
-                        _tile(1, storage, compute, left, right, steps, ahead, products)
-                    else:
-                        _tile(0, storage, compute, left, right, steps, ahead, products)
+                    _tile(storage, compute, left, right, steps, ahead, products)
                     products += 8 * TILE * TILE
                     fetched += steps * pace
             offset = following
@@ -631,7 +627,9 @@ def _diagonal(typingctx, storage, compute, m, rows, first, offset, steps, mean, 
             centre, one_more = (v.load_work(v.at(row, step.index, VECTOR_BYTES)) for row in (mean, last))
             x = [v.sub(v.load(v.at(start, step.index, v.stride)), centre) for start in starts]
             for k in range(TILE):
-                v.store_work(x[k], v.at(v.at(panel, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES))
+                there = v.at(v.at(panel, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES)
+                v.prefetch(v.at(there, 2 * VECTOR_BYTES), to_write=True)
+                v.store_work(x[k], there)
             _fetch(v, ahead, step.index)
             x.append(one_more)
             for (i, j), sum_ in running.items():
@@ -643,12 +641,12 @@ def _diagonal(typingctx, storage, compute, m, rows, first, offset, steps, mean, 
 
 
 @intrinsic(prefer_literal=True)
-def _tile(typingctx, fetch, storage, compute, left, right, steps, ahead, sums):
-    """The TILE² products of two groups of centred rows; with `fetch`, some of the next strip is on its way."""
+def _tile(typingctx, storage, compute, left, right, steps, ahead, sums):
+    """The TILE² products of two groups of centred rows."""
 
     def codegen(context, builder, signature, args):
         v = Vectors(builder, storage.literal_value, compute.literal_value)
-        left, right, steps, ahead, sums = args[3:]
+        left, right, steps, ahead, sums = args[2:]
         row = _row_bytes(v.compute)
         running = [[v.variable() for _ in range(TILE)] for _ in range(TILE)]
         for sum_ in (sum_ for line in running for sum_ in line):
@@ -656,14 +654,13 @@ def _tile(typingctx, fetch, storage, compute, left, right, steps, ahead, sums):
         with v.loop(steps) as step:
             here = [v.at(side, step.index, VECTOR_BYTES) for side in (left, right)]
             x, y = ([v.load_work(v.at(address, k * row)) for k in range(TILE)] for address in here)
-            if fetch.literal_value:
-                _fetch(v, ahead, step.index)
+            _fetch(v, ahead, step.index)
             for i in range(TILE):
                 for j in range(TILE):
                     builder.store(v.fma(x[i], y[j], builder.load(running[i][j])), running[i][j])
         v.add_lane_sums([builder.load(sum_) for line in running for sum_ in line], sums)
 
-    return types.void(fetch, storage, compute, left, right, steps, ahead, sums), codegen
+    return types.void(storage, compute, left, right, steps, ahead, sums), codegen
 
 
 @intrinsic(prefer_literal=True)

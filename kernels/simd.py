@@ -105,11 +105,13 @@ class Vectors:
         """One vector of compute values to aligned scratch memory."""
         self.builder.store(value, self._pointer(address, self.type), align=VECTOR_BYTES)
 
-    def prefetch(self, address):
-        """Bring a cache line into the second-level cache: the first is too small for all that is ahead."""
+    def prefetch(self, address, to_write: bool = False):
+        """Bring a cache line into the second-level cache, since the first is too small for all that is ahead; one that
+        is about to be written, into the first."""
         byte = ir.IntType(8).as_pointer()
         function = self._declared("llvm.prefetch.p0", ir.VoidType(), [byte, I32, I32, I32])
-        self.builder.call(function, [self.builder.inttoptr(address, byte), I32(0), I32(2), I32(1)])
+        how = [I32(int(to_write)), I32(2 + to_write), I32(1)]
+        self.builder.call(function, [self.builder.inttoptr(address, byte), *how])
 
     def _widened(self, raw):
         if self.storage == self.compute:
