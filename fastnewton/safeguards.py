@@ -125,7 +125,8 @@ def _judge(record: np.ndarray, gram: Any, guards: Safeguards, reason: int) -> in
     if guards.max_coefficient is not None and max(np.abs(p).max(), np.abs(q).max()) > guards.max_coefficient:
         return COEFFICIENT
     tau, beta = record[LR], record[LR_REST]
-    moved, rest = np.sqrt(max(p @ gram.theta_matrix @ p, 0.0)), gram.norm2 - q @ gram.projection
+    moved = np.sqrt(max(p @ gram.theta_matrix @ p, 0.0))
+    rest = max(gram.norm2 - q @ gram.projection, 0.0)  # rounding alone is no ascent
     if guards.max_newton_norm is not None:
         longest = guards.max_newton_norm * np.sqrt(np.trace(gram.theta_matrix) / p.size)
         if tau * moved > longest:

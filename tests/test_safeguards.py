@@ -74,6 +74,8 @@ def guarded(thetas, grads, guards, *, lr, lr_rest=None, cutoff=0.1):
     if guards.min_cosine is not None and np.linalg.norm(s) * np.linalg.norm(q.g_bar) > 0:
         cosine = s @ q.g_bar / np.linalg.norm(s) / np.linalg.norm(q.g_bar)
         margins.append(abs(cosine - guards.min_cosine))
+        summands = tau * np.linalg.norm(newton) + beta * np.linalg.norm(q.g_bar)
+        margins.append((np.linalg.norm(s) / summands) ** 2)  # a step that is all rounding has no direction
         if cosine < guards.min_cosine:
             return sgd(reason="cosine", margin=min(margins))
     return Guarded(q.theta_bar - s, reason, int(rank), tau, beta, min(margins, default=np.inf))
@@ -164,6 +166,15 @@ def test_large_curvature_is_judged_right(rng):
     thetas, grads = thetas.astype(np.float32), grads.astype(np.float32)
     _, info = fn.step(thetas, grads, lr=1.0, cutoff=1e-2, safeguards=only(min_cosine=0.1))
     assert (info.reason, info.rank) == ("accepted", 8)
+
+
+def test_rounding_is_no_ascent():
+    """With one coordinate all of ḡ is captured, and the step is zero but for rounding, of either sign."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        thetas, grads, _ = quadratic(rng, 2, rng.uniform(0.5, 2, 1))
+        _, info = fn.step(thetas, grads, lr=0.0, lr_rest=1.0, cutoff=0.9, safeguards=only(min_cosine=0.0))
+        assert (info.reason, info.rank) == ("accepted", 1)
 
 
 # -- the saddle ---------------------------------------------------------------------------------------------
