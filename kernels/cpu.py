@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from fastnewton.kernels import memory, spectrum, threads, tree
 from fastnewton.kernels.addresses import overlaps
-from fastnewton.kernels.compile import FLOAT, FLOATS, FLOATS_2D, INT, INTS, INTS_2D, entry, jit, kernel
+from fastnewton.kernels.compile import FLOAT, FLOATS, INT, INTS, INTS_2D, entry, jit, kernel
 from fastnewton.kernels.record import GO, HEADER, LR, LR_REST, RESULT, STATUS
 from fastnewton.kernels.simd import CACHE_LINE, ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
 from fastnewton.kernels.threads import add, address, keep

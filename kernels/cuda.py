@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from fastnewton.kernels import memory
 
 FOLDER = Path(__file__).parent
 LIMIT = 64  # workers up to which the kernels do all the work; beyond, a BLAS multiplies and cuSOLVER diagonalises
@@ -118,7 +119,9 @@ def keep(array: Any) -> None:
 
 
 def clear_caches() -> None:
-    """Release the memory that is kept on devices, which captured graphs write to: none may be replayed afterwards."""
+    """Release the memory that is kept between calls, on devices too, where captured graphs write to it: none may be
+    replayed afterwards."""
+    memory.release()
     _workspaces.clear()
 
 
@@ -128,8 +131,8 @@ def clear_caches() -> None:
 def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Page-locked host memory, which the device copies to and from at full speed."""
     count = math.prod(shape)
-    memory = cupy().cuda.alloc_pinned_memory(max(1, count * np.dtype(dtype).itemsize))
-    return np.frombuffer(memory, dtype, count).reshape(shape)
+    page = cupy().cuda.alloc_pinned_memory(max(1, count * np.dtype(dtype).itemsize))
+    return np.frombuffer(page, dtype, count).reshape(shape)
 
 
 def fetch(one: Any, target: np.ndarray) -> Any:

@@ -21,3 +21,8 @@ def returned(room: np.ndarray) -> None:
     whole = room if room.base is None else room.base
     if not _kept and whole.nbytes <= KEPT_BYTES:
         _kept.append(whole)
+
+
+def release() -> None:
+    """Keep nothing."""
+    _kept.clear()
