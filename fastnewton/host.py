@@ -115,7 +115,7 @@ def parts(grads: Rows, thetas: Rows | None, options: Any, compute: str, first: i
 
 
 def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, options: Any) -> Gram:
-    """The Gram, from the parts of all blocks in order."""
+    """The Gram, from the parts of all blocks in order, which are overwritten."""
     values = tree.total(places, parts)
     if options.safeguards is not None:
         return eigen.projected(cpu.unpacked_joint(values, m), dtype)

@@ -372,7 +372,7 @@ def _copy(typingctx, target, source, length):
 
 
 def _itemsize(storage):
-    """Bytes of a stored value; this and the next two are only ever called from compiled code."""
+    """Bytes of a stored value; this and the next are only ever called from compiled code."""
 
 
 @overload(_itemsize, prefer_literal=True)

@@ -10,6 +10,7 @@ from numba import types
 COMPILED_LIMIT = 128  # workers; LAPACK is faster above, but its threads then spin on where helpers should run
 SHORT_LIMIT = 32  # up to here it is over before helpers sleep, so that a step can be one call
 _MOST_STEPS = 60  # for one eigenvalue; two or three are usual
+_NEGLIGIBLE = 2.0**-100  # of the largest element: changes none of the directions that are kept
 
 _VECTOR, _MATRIX = (types.Array(types.float64, ndim, "A") for ndim in (1, 2))
 
@@ -158,7 +159,7 @@ def _reflect(a, k, v, w):
     for i in range(k - 1):
         v[i] = a[k, i]
         below += v[i] * v[i]
-    if below == 0:
+    if below < _NEGLIGIBLE**2:  # β would overflow
         return 0.0, head
     length = math.copysign(math.sqrt(head * head + below), head)
     v[k - 1] = head + length
@@ -196,8 +197,7 @@ def _end_of_block(diagonal, beside, first):
     """The last index that a chain of elements beside the diagonal connects with the first."""
     last = first
     while last < diagonal.size - 1:
-        # What is below 2⁻¹⁰⁰ of the largest element changes none of the directions that are kept.
-        if abs(beside[last]) <= max(2.0**-53 * (abs(diagonal[last]) + abs(diagonal[last + 1])), 2.0**-100):
+        if abs(beside[last]) <= max(2.0**-53 * (abs(diagonal[last]) + abs(diagonal[last + 1])), _NEGLIGIBLE):
             break
         last += 1
     return last

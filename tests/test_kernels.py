@@ -245,6 +245,33 @@ def test_spectrum_solves_the_eigenproblem(rng, m):
     assert abs(gram.matrix @ V - V * sigma**2).max() <= rounding * max(sigma[0] ** 2, 1e-300)
 
 
+KINDS_OF_WORKERS = {
+    "two groups": lambda rng, m: rng.standard_normal((2, 50))[np.arange(m) % 2],
+    "few copies": lambda rng, m: rng.standard_normal((m // 4 + 1, 50))[np.arange(m) % (m // 4 + 1)],
+    "one stands out": lambda rng, m: np.where(np.arange(m) == m // 3, 1.0, 0.0)[:, None] * rng.standard_normal(50),
+    "signs": lambda rng, m: rng.integers(-1, 2, (m, 3)).astype(float),
+    "one-hot": lambda rng, m: np.eye(5)[rng.integers(0, 5, m)],
+    "one is tiny": lambda rng, m: rng.standard_normal((m, 50)) * np.geomspace(1, 1e-155, m)[:, None],
+    "one coordinate": lambda rng, m: rng.standard_normal((m, 1)),
+}
+
+
+@pytest.mark.parametrize("m", [3, 8, 24, 40, 128])
+@pytest.mark.parametrize("kind", KINDS_OF_WORKERS)
+def test_spectrum_of_workers_that_are_alike(rng, kind, m):
+    """K has few directions, and what is left of it after each reflection is rounding of rounding."""
+    for _ in range(20):
+        grads = KINDS_OF_WORKERS[kind](rng, m)
+        matrix = fn.gram(grads).matrix
+        spectrum = fn.spectrum(fn.Gram(matrix, np.ones(m), float(m), 0.0))
+        squares, V = spectrum.singular_values**2, spectrum.vectors
+        rounding = 4 * m * 2.0**-52
+        assert abs(V.T @ V - np.eye(m)).max() <= rounding
+        assert abs(matrix @ V - V * squares).max() <= rounding * abs(matrix).max(initial=1e-300) * m
+        with np.errstate(under="ignore"):
+            assert abs(squares - np.linalg.eigvalsh(matrix)[::-1].clip(0)).max() <= rounding * max(squares[0], 1e-300)
+
+
 @pytest.mark.parametrize("m", [2, 3, 8, 33])
 @pytest.mark.parametrize(("cutoff", "max_rank"), [(0.1, None), (1e-4, None), (0.1, 1), (0.9, None), (0.1, 0)])
 def test_spectrum_gives_the_coefficients(rng, m, cutoff, max_rank):
