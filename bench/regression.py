@@ -37,8 +37,6 @@ from fastnewton.arrays import Rows, aligned
 
 BENCHMARKS, INVARIANTS = "bench/test_speed.py", kept.FOLDER / "invariants.json"
 SLACK, MOST_MARGIN = 0.1, 0.25  # so that runs of unchanged code may differ by 13 %
-QUICK_MARGIN = 0.5
-THREADED = ("test_threaded_step",)  # what quick leaves out: a busy machine rarely has all cores to spare
 ATTEMPTS = 3
 BASELINE_RUNS = 5
 SHORTEST = 1e-3  # seconds of a sample: on a busy machine a core is rarely ours for longer
@@ -164,7 +162,7 @@ class Verdict(NamedTuple):
 
 
 def run(names: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, dict]:
-    """The extra_info of all benchmarks, or of these, by name; from a process of their own."""
+    """Return the extra_info of all benchmarks, or of these, by name, from a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         chosen = [f"{BENCHMARKS}::{name}" for name in names] or [BENCHMARKS]
@@ -177,27 +175,26 @@ def run(names: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, dic
         return {one["name"]: one["extra_info"] for one in json.loads(file.read_text())["benchmarks"]}
 
 
-def guard(baseline: Mapping, expected: Mapping, names: Iterable[str] = (), *, quick: bool = False) -> list[Verdict]:
-    """A verdict for each benchmark; those that are too slow are run again, ATTEMPTS times in all."""
-    verdicts, left, left_out = {}, names, THREADED if quick else ()
+def guard(baseline: Mapping, expected: Mapping, names: Iterable[str] = ()) -> list[Verdict]:
+    """Judge each benchmark; rerun those that are too slow, ATTEMPTS times in all."""
+    verdicts, left = {}, names
     for _ in range(ATTEMPTS):
-        for one in judge(run(left, left_out), baseline, expected, quick):
+        for one in judge(run(left), baseline, expected):
             best = min(one.ratio, verdicts.get(one.name, one).ratio)
             verdicts[one.name] = one._replace(ratio=best)
         left = [one.name for one in verdicts.values() if one.failed and not one.broken]
         if not left:
             break
-    wanted = names or [name for name in expected if name.partition("[")[0] not in left_out]
-    gone = [Verdict(name, None, None, None, "was not run") for name in wanted if name not in verdicts]
+    gone = [Verdict(name, None, None, None, "was not run") for name in names or expected if name not in verdicts]
     return [*verdicts.values(), *gone]
 
 
-def judge(found: Mapping[str, dict], baseline: Mapping, expected: Mapping, quick: bool) -> list[Verdict]:
-    """Verdicts on one run; an empty baseline allows any ratio."""
+def judge(found: Mapping[str, dict], baseline: Mapping, expected: Mapping) -> list[Verdict]:
+    """Judge one run; an empty baseline allows any ratio."""
     verdicts = []
     for name, info in found.items():
         known, seen, wanted = baseline.get(name), info["invariants"], expected.get(name, {})
-        limit = known["ratio"] * (1 + (QUICK_MARGIN if quick else known["margin"])) if known else None
+        limit = known["ratio"] * (1 + known["margin"]) if known else None
         wrong = [key for key in sorted(seen.keys() | wanted.keys()) if seen.get(key) != wanted.get(key)]
         broken = "; ".join(f"{key}: {seen.get(key)}, expected {wanted.get(key)}" for key in wrong)
         verdicts.append(Verdict(name, info["ratio"], known and known["ratio"], limit, broken))

@@ -424,7 +424,7 @@ def test_help_names_every_option(capsys, arguments):
         "exchange": ("--quick", "--rounds"),
         "figure1": ("--quick", "--full", "--resume", "--data"),
         "scaling": ("--quick", "--device"),
-        "regression": ("--quick", "--update"),
+        "regression": ("--invariants", "--update"),
         "regimes": ("--quick",),
         "report": ("--readme",),
     }
