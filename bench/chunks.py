@@ -6,10 +6,10 @@ The exchange of gradients and parameters and the Gram pass alone, whole and in c
 from collections.abc import Callable
 
 import numpy as np
-from fastnewton.kernels import cpu, threads
 from mpi4py import MPI
 
 from fastnewton import arrays
+from fastnewton.kernels.cpu import gram, threads
 
 CHUNKS = 4
 
@@ -17,13 +17,13 @@ CHUNKS = 4
 def exchange(comm: MPI.Intracomm, grad: np.ndarray, theta: np.ndarray, chunks: int) -> Callable[[], None]:
     """A function that moves shards of both vectors, m·BLOCK | n, and forms each chunk's Gram when it is there."""
     own = grad.size // comm.size
-    blocks = own // cpu.BLOCK
+    blocks = own // gram.BLOCK
     bounds = [blocks * chunk // chunks for chunk in range(chunks + 1)]
     stacks = [arrays.aligned((comm.size, own), grad.dtype) for _ in range(2)]
     rows = arrays.rows_of(stacks[0], grad.dtype.name)
 
     def sent(vector: np.ndarray, stack: np.ndarray, chunk: int) -> list[MPI.Request]:
-        here = slice(bounds[chunk] * cpu.BLOCK, bounds[chunk + 1] * cpu.BLOCK)
+        here = slice(bounds[chunk] * gram.BLOCK, bounds[chunk + 1] * gram.BLOCK)
         shards = vector.reshape(comm.size, own)
         stack[comm.rank, here] = shards[comm.rank, here]
         requests = []
@@ -41,7 +41,7 @@ def exchange(comm: MPI.Intracomm, grad: np.ndarray, theta: np.ndarray, chunks: i
             for chunk, requests in enumerate(on_their_way[0]):
                 MPI.Request.Waitall(requests)
                 first, last = bounds[chunk], bounds[chunk + 1]
-                cpu.gram_parts(rows, compute="float32", first=first, last=last)
+                gram.gram_parts(rows, compute="float32", first=first, last=last)
         for requests in on_their_way[1]:
             MPI.Request.Waitall(requests)
 

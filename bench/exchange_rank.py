@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from fastnewton.kernels.cpu import BLOCK
 from mpi4py import MPI
 
 from bench import chunks, memory
+from fastnewton.kernels.cpu.tree import BLOCK
 from fastnewton.mpi import DistNewton
 
 EXCHANGES = ("sharded", "allgather")

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastnewton.kernels import cuda
-from fastnewton.kernels.cuda import LIMIT
 
 import fastnewton as fn
 from bench import peers, roofline, timing
-from fastnewton.info import size_of
+from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cuda.launch import LIMIT
+from fastnewton.results import size_of
 
 COPIED = 1 << 30  # bytes, far beyond the L2 cache
 SHARE_OF_MEMORY = 0.6

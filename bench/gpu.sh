@@ -24,7 +24,7 @@ done
 package=$(mktemp -d)
 trap 'rm -rf "$package"' EXIT
 cp -r "$root/fastnewton" "$root/bench" "$root/tests" "$root/pyproject.toml" "$package"
-cp -r "$root/kernels" "$package/fastnewton/kernels"
+cp -r "$root/kernels" "$package"
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$package" || exit 1
@@ -75,7 +75,7 @@ export python out
 [ -n "$only" ] || : >"$out/results.jsonl"
 stage smoke 90 "$python" -m bench.gpu smoke --out "$out"
 stage tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider -o filterwarnings=default \
-    tests/test_gpu.py tests/test_dlpack_matrix.py
+    tests/kernels/test_gpu.py tests/arrays/test_dlpack_matrix.py
 stage sanitizer 70 bash -c sanitize
 stage grid 100 "$python" -m bench.gpu grid --out "$out" --seconds 85
 stage ranks 55 bash -c ranks

@@ -26,7 +26,6 @@ from unittest import mock
 
 import numba
 import numpy as np
-from fastnewton.kernels import cpu, threads
 
 from bench import ceilings, kept
 from bench.compare import last_level_cache
@@ -34,6 +33,7 @@ from bench.report import ROOT, Table
 from bench.roofline import Pass
 from bench.timing import Sample, interleaved
 from fastnewton.arrays import Rows, aligned
+from fastnewton.kernels.cpu import combine, gram, step, threads
 
 BENCHMARKS, INVARIANTS = "bench/test_speed.py", kept.FOLDER / "invariants.json"
 SLACK, MOST_MARGIN = 0.1, 0.25  # so that runs of unchanged code may differ by 13 %
@@ -44,6 +44,7 @@ MOST_ROUNDS = 10_000
 FIRST_LEVEL, MULTIPLIED = 1 << 14, 64  # bytes read, rows of matrices, in the first-level cache; BLAS takes one thread
 CACHED = 1 << 24  # bytes; what is longer is compared with as long a read, since it may come from memory
 LEAST_READ = 1 << 18  # bytes, for a call to be much longer than its overhead
+KERNELS = (gram, "gram"), (gram, "joint_gram"), (combine, "combine"), (step, "step"), (step, "step_of_arrays")
 COARSE = 30_000  # bytes; versions of Python and NumPy differ by less
 
 
@@ -139,8 +140,8 @@ def handed_to_kernels() -> Iterator[Counter]:
         return kernel(*given, **named)
 
     with ExitStack() as stack:
-        for name in ("gram", "joint_gram", "combine", "step", "step_of_arrays"):
-            stack.enter_context(mock.patch.object(cpu, name, partial(counted, name, getattr(cpu, name))))
+        for module, name in KERNELS:
+            stack.enter_context(mock.patch.object(module, name, partial(counted, name, getattr(module, name))))
         yield handed
 
 

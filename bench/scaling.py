@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastnewton.kernels import cpu
 
 import fastnewton as fn
 from bench import ceilings, compare, exchange, fits, gpu, memory, network, peers, roofline, timing, train
 from bench.report import Table, Words, milliseconds
 from fastnewton import arrays
+from fastnewton.kernels.cpu import gram as gram_kernel
 from fastnewton.server import ParameterServer
 
 MS = (2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
@@ -99,7 +99,10 @@ def _write(m: int, thetas: np.ndarray, grads: np.ndarray) -> dict[str, Callable[
     for k in range(m):
         server.write(k, thetas[k], grads[k])
     rows = [arrays.rows(given, "grads") for given in (grads, grads[:1], np.zeros_like(grads[:1]))]
-    return {"row products": lambda: cpu.row_products(*rows), "write": lambda: server.write(0, thetas[0], grads[0])}
+    return {
+        "row products": lambda: gram_kernel.row_products(*rows),
+        "write": lambda: server.write(0, thetas[0], grads[0]),
+    }
 
 
 def eigenproblems(on: Side, rounds: int, quick: bool) -> list[dict]:

@@ -12,15 +12,17 @@ from importlib.util import find_spec
 from unittest import mock
 
 import numpy as np
-from fastnewton.kernels import cpu, spectrum, threads
 
 import fastnewton as fn
 from bench import peers
 from bench.report import Table
 from bench.timing import interleaved
-from fastnewton import arrays, host
-from fastnewton.info import size_of
+from fastnewton import arrays
+from fastnewton.backends import cpu as backend
+from fastnewton.kernels.cpu import spectrum, threads
+from fastnewton.kernels.cpu import step as step_kernel
 from fastnewton.method import Options
+from fastnewton.results import size_of
 
 M, LENGTHS = 8, (650, 16_384)
 THREADED = tuple(1 << k for k in range(10, 17))
@@ -77,7 +79,7 @@ def _threads(rounds: int) -> dict[str, dict[int, float]]:
     """Seconds of a step on one thread and on all of them, whatever its length, by n."""
     found = {"one thread": {}, "all threads": {}}
     counts = dict(zip(found, (1, threads.thread_count()), strict=True))
-    with mock.patch.object(cpu, "THREADED_BYTES", 0):
+    with mock.patch.object(step_kernel, "THREADED_BYTES", 0):
         for n in THREADED:
             step = peers.fastnewton(*peers.workers(M, n))
             tasks = {name: partial(_limited, count, step) for name, count in counts.items()}
@@ -96,12 +98,12 @@ def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
     options, gram = Options.checked(*given), fn.gram(grads)
     small = (gram.matrix, gram.projection, gram.norm2, 0.1, gram.floor, M)
     dtype, *plain, _ = arrays.plain(thetas, grads, out, M)
-    own = *plain, np.empty(size_of(M)), host.settings(M, dtype, 1.0, options)
+    own = *plain, np.empty(size_of(M)), backend.settings(M, dtype, 1.0, options)
     tasks: dict[str, Callable[[], object]] = {
         "the whole step": lambda: fn.step(thetas, grads, lr=1.0, out=out),
         "arrays looked at": lambda: arrays.plain(thetas, grads, out, M),
         "settings checked": lambda: (arrays.real(1.0, "lr"), Options.checked(*given)),
-        "gram, spectrum, combine": lambda: cpu.step_of_arrays(*own, dtype=dtype, compute=dtype),
+        "gram, spectrum, combine": lambda: step_kernel.step_of_arrays(*own, dtype=dtype, compute=dtype),
         "of it the eigenproblem": lambda: spectrum.spectrum(*small),
     }
     found = {name: sample.median for name, sample in interleaved(tasks, rounds=rounds).items()}
@@ -145,6 +147,6 @@ def threads_table(found: dict) -> Table:
     rows = [(name, *(f"{1e6 * taken:.1f}" for taken in times.values())) for name, times in found["threads"].items()]
     note = (
         f"Microseconds, NumPy arrays, m = {M}. All threads are faster {crossover}; the step takes them where an array "
-        f"has {cpu.THREADED_BYTES >> 10} KiB, n = {cpu.THREADED_BYTES // (4 * M):,} here."
+        f"has {threads.THREADED_BYTES >> 10} KiB, n = {threads.THREADED_BYTES // (4 * M):,} here."
     )
     return Table("One thread or all", ("", *(f"n = {n:,}" for n in THREADED)), rows, note)

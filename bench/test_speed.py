@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fastnewton.kernels.threads import set_thread_limit
 
 import fastnewton as fn
 from bench import ceilings, exchange, peers, regression, roofline, short, train
 from fastnewton import arrays
+from fastnewton.kernels.cpu.threads import set_thread_limit
 
 SHORT, LONG = 1 << 14, 1 << 19
 FEW, MANY = (8, SHORT), (64, SHORT // 8)

@@ -5,7 +5,7 @@ import importlib
 import os
 
 from fastnewton.config import show_config
-from fastnewton.launch import is_one_of_several
+from fastnewton.environment import is_one_of_several
 
 if is_one_of_several(os.environ):
     with contextlib.suppress(ImportError):

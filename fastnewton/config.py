@@ -45,13 +45,13 @@ def _package() -> str:
 
 
 def _cpu() -> str:
-    from fastnewton.kernels import simd
+    from fastnewton.kernels.cpu import simd
 
     return f"{platform.machine()}, vectors of {simd.VECTOR_BYTES} bytes, {simd.REGISTERS} registers"
 
 
 def _threads() -> str:
-    from fastnewton.kernels import threads
+    from fastnewton.kernels.cpu import threads
 
     chosen = threads.chosen_threads()
     why = "set by the environment" if chosen else "a thread for each core; FASTNEWTON_NUM_THREADS changes that"
@@ -59,7 +59,7 @@ def _threads() -> str:
 
 
 def _cuda() -> str:
-    from fastnewton.kernels import cuda
+    from fastnewton.kernels.cuda import launch as cuda
 
     try:
         cupy = cuda.cupy()
@@ -85,7 +85,7 @@ def _mpi() -> str:
         command = [sys.executable, "-c", _ASK_MPI]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
         library = asked.stdout.strip() or (asked.stderr.strip().splitlines() or ["no answer"])[-1]
-    from fastnewton.launch import foreign_launcher
+    from fastnewton.environment import foreign_launcher
 
     size = loaded.COMM_WORLD.Get_size() if loaded is not None and loaded.Is_initialized() else None
     note = foreign_launcher(os.environ, size)
@@ -93,7 +93,7 @@ def _mpi() -> str:
 
 
 def _gpu_buffers() -> str:
-    from fastnewton.launch import GPU_MPI, device_memory_to_mpi
+    from fastnewton.environment import GPU_MPI, device_memory_to_mpi
 
     loaded, chosen = sys.modules.get("mpi4py.MPI"), device_memory_to_mpi(os.environ)
     if chosen is None and (loaded is None or not loaded.Is_initialized()):
@@ -107,7 +107,7 @@ def _gpu_buffers() -> str:
 
 
 def _cache() -> str:
-    from fastnewton.kernels.cpu import cache_folder
+    from fastnewton.kernels.cpu.jit import cache_folder
 
     return cache_folder() or "none, since no folder can be written: every process compiles"
 

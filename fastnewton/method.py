@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton import arrays, host
+from fastnewton import arrays
 from fastnewton.arrays import Rows
-from fastnewton.backends import backend
-from fastnewton.diagnosis import Diagnostics, diagnosed
-from fastnewton.eigen import Gram, Spectrum, on_host
-from fastnewton.info import NONFINITE, StepInfo
+from fastnewton.backends import backend, cpu
+from fastnewton.decision import Gram, Spectrum, on_host
+from fastnewton.diagnostics import Diagnostics, diagnosed
 from fastnewton.kernels.record import GO
+from fastnewton.results import NONFINITE, StepInfo
 from fastnewton.safeguards import Safeguards, checked
 
 PRECISE_CUTOFF = 1e-3  # smaller directions drown in the rounding of float32 products
@@ -199,7 +199,7 @@ def step(
     """
     lr = arrays.real(lr, "lr")
     options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
-    if (done := host.short_step(thetas, grads, lr, options, out)) is not None:
+    if (done := cpu.short_step(thetas, grads, lr, options, out)) is not None:
         return done
     first, second = arrays.pair(thetas, grads)
     with backend(first).context(first, second):

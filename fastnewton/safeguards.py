@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from fastnewton import arrays
-from fastnewton.info import ACCEPTED, COEFFICIENT, COSINE, CURVATURE, NEWTON_NORM, NONFINITE, StepInfo, weights_of
 from fastnewton.kernels.record import CAPTURED, GO, LR, LR_REST, NOT_FINITE, RANK, REASON, STATUS
+from fastnewton.results import ACCEPTED, COEFFICIENT, COSINE, CURVATURE, NEWTON_NORM, NONFINITE, StepInfo, weights_of
 
 CURVATURES = ("keep", "drop", "abs")
 

@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnewton import arrays, eigen, host
+from fastnewton import arrays, decision
 from fastnewton.arrays import EPS, Output, Rows
-from fastnewton.eigen import Gram
-from fastnewton.info import StepInfo
-from fastnewton.kernels import cpu
-from fastnewton.kernels import spectrum as small
+from fastnewton.backends import cpu
+from fastnewton.decision import Gram
+from fastnewton.kernels.cpu import combine as combine_kernel
+from fastnewton.kernels.cpu import gram as gram_kernel
+from fastnewton.kernels.cpu import spectrum as small
 from fastnewton.kernels.record import GO
 from fastnewton.method import LR_CAPS, NonFiniteError, Options, step_rows
+from fastnewton.results import StepInfo
 
 MODES = ("sync", "async")
 DRIFT, FAR = 1e2, 1e8  # ‖ḡ − r‖² beside the mean ‖g_k − ḡ‖², from which r moves: once per m writes, or at once
@@ -214,9 +216,9 @@ class ParameterServer:
         present = self._present(k, version)
         thetas, grads = (rows.only(present) for rows in self._with(k, theta, grad))
         target = arrays.output(None, self.like, ())
-        info = eigen.decide(self._gram.changed(k, present, grads, grad), self._lr, self._options)
+        info = decision.decide(self._gram.changed(k, present, grads, grad), self._lr, self._options)
         if info.status == GO:
-            host.finish(thetas, grads, info, target.rows, self._options.compute(self.like.dtype))
+            cpu.finish(thetas, grads, info, target.rows, self._options.compute(self.like.dtype))
         if not info.is_sound:
             raise NonFiniteError.of([k]) if arrays.nonfinite_workers(theta, grad) else NonFiniteError.overflow()
         return _Latest(target, version, info)
@@ -320,7 +322,7 @@ class RowwiseGram:
     def changed(self, k: int, present: np.ndarray, grads: Rows, grad: Rows) -> Gram:
         """The Gram of the rows of the present workers, after that of worker k has become `grad`."""
         products, along = self._products.copy(), self._along.copy()
-        values, along[k] = cpu.row_products(grads, grad, self._reference_rows())
+        values, along[k] = gram_kernel.row_products(grads, grad, self._reference_rows())
         products[k, present] = products[present, k] = values
         self._pending = (products, along)
         return self._gram(products[np.ix_(present, present)], along[present])
@@ -347,12 +349,12 @@ class RowwiseGram:
     def _rebuild(self, present: np.ndarray, grads: Rows) -> None:
         reference = np.empty_like(self._reference)
         mean = arrays.rows_of(reference, self._dtype)
-        cpu.combine(grads, grads, np.zeros(grads.m), tau=0.0, beta=0.0, out=mean, compute="float64")
+        combine_kernel.combine(grads, grads, np.zeros(grads.m), tau=0.0, beta=0.0, out=mean, compute="float64")
         products, along = np.zeros_like(self._products), np.zeros_like(self._along)
         for number, k in enumerate(present):
-            values, along[k] = cpu.row_products(grads, grads.only(np.array([number])), mean)
+            values, along[k] = gram_kernel.row_products(grads, grads.only(np.array([number])), mean)
             products[k, present] = values
-        self._reference, self._norm2 = reference, float(cpu.gram(mean, compute="float64").products[1, 1])
+        self._reference, self._norm2 = reference, float(gram_kernel.gram(mean, compute="float64").products[1, 1])
         self._products, self._along, self._since_rebuild = products, along, 0
 
     def _reference_rows(self) -> Rows:

@@ -1,6 +1,6 @@
 """Checks that several ranks run together, and what they find wrong told in good order.
 
-    mpiexec -n K python -m mpi4py tests/mpi_….py [--limit SECONDS] [check_…]
+    PYTHONPATH=tests mpiexec -n K python -m mpi4py tests/…/mpi_….py [--limit SECONDS] [check_…]
 
 Every check takes a communicator.  What a rank finds wrong it tells the others first (`expect`), so that all ranks leave
 a failing check together and the next one can run.

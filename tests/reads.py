@@ -3,16 +3,17 @@
 import contextlib
 from unittest import mock
 
-from fastnewton.kernels import cpu
-
 from fastnewton.arrays import rows, single
+from fastnewton.kernels.cpu import combine as combine_kernel
+from fastnewton.kernels.cpu import gram as gram_kernel
+from fastnewton.kernels.cpu import step as step_kernel
 
 
 @contextlib.contextmanager
 def reads():
     """The addresses of rows, by argument, that the kernels are first given for it inside the block."""
-    seen, gram, joint_gram, combine = {}, cpu.gram, cpu.joint_gram, cpu.combine
-    step, step_of_arrays = cpu.step, cpu.step_of_arrays
+    seen, gram, joint_gram, combine = {}, gram_kernel.gram, gram_kernel.joint_gram, combine_kernel.combine
+    step, step_of_arrays = step_kernel.step, step_kernel.step_of_arrays
 
     def note(**arguments):
         for name, given in arguments.items():
@@ -39,7 +40,9 @@ def reads():
         note(thetas=rows(thetas, "thetas"), grads=rows(grads, "grads"), out=single(out, "out"))
         return step_of_arrays(thetas, grads, out, *settings, **options)
 
-    spies = {"gram": spied_gram, "joint_gram": spied_joint_gram, "combine": spied_combine, "step": spied_step}
-    spies["step_of_arrays"] = spied_step_of_arrays
-    with mock.patch.multiple(cpu, **spies):
+    with (
+        mock.patch.multiple(gram_kernel, gram=spied_gram, joint_gram=spied_joint_gram),
+        mock.patch.object(combine_kernel, "combine", spied_combine),
+        mock.patch.multiple(step_kernel, step=spied_step, step_of_arrays=spied_step_of_arrays),
+    ):
         yield seen

@@ -18,7 +18,7 @@ except ImportError as error:
     raise ImportError("fastnewton.mpi needs mpi4py: pip install 'fastnewton[mpi]'") from error
 
 from fastnewton.mpi.newton import DistNewton
+from fastnewton.mpi.parameter_server import Client, serve
 from fastnewton.mpi.segments import Segment
-from fastnewton.mpi.service import Client, serve
 
 __all__ = ["Client", "DistNewton", "Segment", "serve"]

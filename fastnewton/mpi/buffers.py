@@ -7,9 +7,9 @@ import numpy as np
 
 from fastnewton import arrays
 from fastnewton.arrays import Rows
-from fastnewton.kernels import cuda
+from fastnewton.kernels.cuda import launch as cuda
 from fastnewton.mpi import gpu_aware
-from fastnewton.mpi.messages import WORDS
+from fastnewton.mpi.datatypes import WORDS
 
 
 def buffers(like: Rows) -> "HostBuffers":

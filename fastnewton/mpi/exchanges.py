@@ -9,12 +9,12 @@ from mpi4py import MPI
 
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.info import StepInfo
 from fastnewton.kernels.record import RESULT
 from fastnewton.mpi.buffers import buffers
-from fastnewton.mpi.failures import attempt, raise_first
-from fastnewton.mpi.messages import counted, message
+from fastnewton.mpi.datatypes import counted, message
+from fastnewton.mpi.errors import attempt, raise_first
 from fastnewton.mpi.segments import Lengths, finish
+from fastnewton.results import StepInfo
 
 _FAILED = -1  # in place of what a rank found, where it could not look or combine
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from fastnewton.launch import device_memory_to_mpi
+from fastnewton.environment import device_memory_to_mpi
 
 _CUDA = 0  # MPIX_GPU_SUPPORT_CUDA
 

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from fastnewton import arrays, eigen
+from fastnewton import arrays, decision
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.diagnosis import Diagnostics, packed_size
-from fastnewton.info import StepInfo, size_of
-from fastnewton.kernels import threads
+from fastnewton.diagnostics import Diagnostics, packed_size
+from fastnewton.environment import foreign_launcher
+from fastnewton.kernels.cpu import threads
 from fastnewton.kernels.record import GO, STATUS
-from fastnewton.launch import foreign_launcher
 from fastnewton.method import EXCHANGES, Options, settled
+from fastnewton.mpi.errors import attempt, raise_first
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
-from fastnewton.mpi.failures import attempt, raise_first
 from fastnewton.mpi.segments import Lengths, Segment
+from fastnewton.results import StepInfo, size_of
 from fastnewton.safeguards import Safeguards
 
 SHARDED_FROM = 1 << 18  # bytes of a gradient; measured: equal at 160 KiB with 4 ranks of one node, 800 KiB with 2
@@ -290,7 +290,7 @@ class DistNewton:
         def decided() -> np.ndarray:
             gram = backend(like).total(*total, workers.size, like.dtype, self._options)
             options = dataclasses.replace(self._options, lr_rest=lengths.lr_rest)
-            info = eigen.decide(gram, lengths.lr, options)
+            info = decision.decide(gram, lengths.lr, options)
             return np.concatenate([info.record, info.diagnostics.packed(workers.size)]) if guarded else info.record
 
         verdict = None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fastnewton import arrays
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.info import LR, LR_REST, RESULT, StepInfo
+from fastnewton.results import LR, LR_REST, RESULT, StepInfo
 
 
 class Segment(NamedTuple):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import reference
 import tolerances
-from fastnewton.kernels import cuda
 from problems import DTYPES, workers
 
 import fastnewton as fn
+from fastnewton.kernels.cuda import launch as cuda
 
 from . import device
 from .module import SimModule, poisoned, schedule

@@ -7,11 +7,11 @@ import types
 
 import numpy as np
 import pytest
-from fastnewton.kernels import cuda
 from problems import DTYPES, workers
 
 import fastnewton as fn
-from fastnewton.info import size_of
+from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.results import size_of
 
 from . import device
 from .checks import there
@@ -177,7 +177,7 @@ def test_coefficients_of_another_stream_are_waited_for(problem, torch, recorded)
 
 
 def test_memory_of_other_libraries_is_kept_until_the_stream_is_done(problem, monkeypatch):
-    from fastnewton.device import _in_use
+    from fastnewton.backends.cuda import _in_use
 
     thetas, grads = map(Exported, problem)
     monkeypatch.setattr(device.Event, "done", False)

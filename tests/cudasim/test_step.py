@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import reference
 import tolerances
-from fastnewton.kernels import cuda
-from fastnewton.kernels.record import NOT_CONVERGED, STATUS
 from problems import DTYPES, ill_conditioned, workers
 
 import fastnewton as fn
+from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.record import NOT_CONVERGED, STATUS
 
 from . import device
 from .checks import assert_step, distance, there
