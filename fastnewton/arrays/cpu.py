@@ -19,22 +19,6 @@ _SCANNED = 1 << 18  # values that are searched for NaN at once, to bound the mem
 # -- in -----------------------------------------------------------------------------------------------------
 
 
-def view(value: Any) -> np.ndarray | None:
-    """View a NumPy array or a tensor of PyTorch as a NumPy array, at the least cost; None if that takes a closer look
-    at the value."""
-    if type(value) is np.ndarray:
-        return value
-    torch = sys.modules.get("torch")
-    if torch is None or type(value) is not torch.Tensor or not value.is_cpu:
-        return None
-    if torch.autograd.forward_ad._current_level >= 0:  # it may have a tangent
-        return None
-    try:
-        return value.numpy()
-    except (RuntimeError, TypeError):  # it requires grad, is bfloat16, or the like
-        return None
-
-
 @cache  # asking NumPy for the name takes longer than all the checks
 def recognise(dtype: np.dtype, ndim: int) -> tuple[str | None, Callable[[np.ndarray], int]]:
     """Name a dtype of vectors, None for others, and make the function that returns the address of such an array."""
@@ -101,19 +85,17 @@ def _address(array: np.ndarray) -> int:
     return recognise(array.dtype, array.ndim)[1](array)
 
 
-def _allocate_vector(library: str, n: int, dtype: str) -> tuple[Any, np.ndarray]:
-    """Allocate a vector of a library, or NumPy's for want of that; its NumPy view is the second."""
-    if library == "torch":
-        torch = sys.modules["torch"]
-        tensor = torch.empty(n, dtype=getattr(torch, dtype), device="cpu")
-        return tensor, _numpy_of(tensor)
-    array = allocate(n, DTYPES[dtype].numpy())
-    return array, array
+def _allocate_tensor(n: int, dtype: Any) -> Any:
+    return sys.modules["torch"].empty(n, dtype=dtype, device="cpu")  # another device may be the default
 
 
 def new_output(like: Rows) -> Output:
     """Allocate a vector like a row of `like`."""
-    result, array = _allocate_vector(like.library, like.n, like.dtype)
+    if like.library == "torch":
+        result = _allocate_tensor(like.n, getattr(sys.modules["torch"], like.dtype))
+        array = _numpy_of(result)
+    else:
+        result = array = allocate(like.n, DTYPES[like.dtype].numpy())
     target = like._replace(table=row_addresses(_address(array), 0, 1), owner=array[None])
     return Output(target, partial(_to_jax, array, like.device.index) if like.library == "jax" else lambda: result)
 
@@ -138,22 +120,37 @@ def view_plain(
     kind = type(grads)
     if not (type(thetas) is kind and (out is None or type(out) is kind)):
         return None
-    first, second = view(thetas), view(grads)
-    if first is None or second is None:
+    views = (thetas, grads, out) if kind is np.ndarray else _view_tensors(thetas, grads, out)
+    if views is None:
         return None
-    shape = second.shape
-    if first.shape != shape or first.dtype != second.dtype or len(shape) != 2 or shape[0] > most or not second.size:
+    first, second, target = views
+    shape, (dtype, _) = second.shape, recognise(second.dtype, second.ndim)
+    if first.shape != shape or first.dtype != second.dtype or dtype not in ("float32", "float64"):
         return None
-    dtype, _ = recognise(second.dtype, 2)
-    if dtype not in ("float32", "float64"):
+    if len(shape) != 2 or shape[0] > most or not second.size:
         return None
-    if out is None:
-        out, target = _allocate_vector("numpy" if kind is np.ndarray else "torch", shape[1], dtype)
-        return dtype, first, second, target, out
-    target = view(out)
-    if target is None or target.dtype != second.dtype or target.shape != shape[1:] or not target.flags.writeable:
-        return None
+    if target is not None:
+        if target.dtype != second.dtype or target.shape != shape[1:] or not target.flags.writeable:
+            return None
+    elif kind is np.ndarray:
+        out = target = allocate(shape[1], second.dtype)
+    else:
+        out = _allocate_tensor(shape[1], grads.dtype)
+        target = out.numpy()
     return dtype, first, second, target, out
+
+
+def _view_tensors(thetas: Any, grads: Any, out: Any) -> tuple[Any, Any, Any] | None:
+    """View tensors of PyTorch, if that is what they are and nothing about them needs a closer look."""
+    torch = sys.modules.get("torch")
+    if torch is None or type(grads) is not torch.Tensor or not grads.is_cpu:
+        return None
+    if torch.autograd.forward_ad._current_level >= 0:
+        return None
+    try:
+        return thetas.numpy(), grads.numpy(), None if out is None else out.numpy()
+    except (RuntimeError, TypeError):  # it requires grad, is bfloat16, or the like
+        return None
 
 
 # -- search -------------------------------------------------------------------------------------------------
