@@ -17,7 +17,7 @@ import numba
 import numpy as np
 
 from bench import timing
-from fastnewton.arrays import aligned
+from fastnewton.arrays import allocate
 
 READ_BYTES = 1 << 29  # twice that length is read no slower (on 2 cores): compare.own_cache
 STREAMS = 8
@@ -108,7 +108,7 @@ class GemmCeiling:
 
     def __init__(self, dtype: str, size: int = GEMM_SIZE):
         rng = np.random.default_rng(0)
-        self._left, self._right, self._out = (aligned((size, size), dtype) for _ in range(3))
+        self._left, self._right, self._out = (allocate((size, size), dtype) for _ in range(3))
         self._left[:], self._right[:] = rng.random((2, size, size))
         self.flops = 2 * size**3
 

@@ -19,7 +19,7 @@ def exchange(comm: MPI.Intracomm, grad: np.ndarray, theta: np.ndarray, chunks: i
     own = grad.size // comm.size
     blocks = own // gram.BLOCK
     bounds = [blocks * chunk // chunks for chunk in range(chunks + 1)]
-    stacks = [arrays.aligned((comm.size, own), grad.dtype) for _ in range(2)]
+    stacks = [arrays.allocate((comm.size, own), grad.dtype) for _ in range(2)]
     rows = arrays.rows_of(stacks[0], grad.dtype.name)
 
     def sent(vector: np.ndarray, stack: np.ndarray, chunk: int) -> list[MPI.Request]:

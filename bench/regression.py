@@ -32,7 +32,7 @@ from bench.compare import last_level_cache
 from bench.report import ROOT, Table
 from bench.roofline import Pass
 from bench.timing import Sample, interleaved
-from fastnewton.arrays import Rows, aligned
+from fastnewton.arrays import Rows, allocate
 from fastnewton.kernels.cpu import combine, gram, step, threads
 
 BENCHMARKS, INVARIANTS = "bench/test_speed.py", kept.FOLDER / "invariants.json"
@@ -55,7 +55,7 @@ class CoreReadCeiling:
     """Reading with one core; called, it reads `bytes`, in passes over a buffer of the given size."""
 
     def __init__(self, size: int):
-        self._words, self._passes = aligned(max(size // 64, 1) * 8, np.int64), -(-LEAST_READ // size)
+        self._words, self._passes = allocate(max(size // 64, 1) * 8, np.int64), -(-LEAST_READ // size)
         self._words[:] = 1
         self.bytes = self._words.nbytes * self._passes
 

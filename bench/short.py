@@ -17,7 +17,7 @@ import fastnewton as fn
 from bench import peers
 from bench.report import Table
 from bench.timing import interleaved
-from fastnewton import arrays
+from fastnewton import arrays, checks
 from fastnewton.backends import cpu as backend
 from fastnewton.kernels.cpu import spectrum, threads
 from fastnewton.kernels.cpu import step as step_kernel
@@ -97,12 +97,12 @@ def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
     given = (0.1, None, None, None, "raise")
     options, gram = Options.checked(*given), fn.gram(grads)
     small = (gram.matrix, gram.projection, gram.norm2, 0.1, gram.floor, M)
-    dtype, *plain, _ = arrays.plain(thetas, grads, out, M)
+    dtype, *plain, _ = arrays.view_plain(thetas, grads, out, M)
     own = *plain, np.empty(size_of(M)), backend.settings(M, dtype, 1.0, options)
     tasks: dict[str, Callable[[], object]] = {
         "the whole step": lambda: fn.step(thetas, grads, lr=1.0, out=out),
-        "arrays looked at": lambda: arrays.plain(thetas, grads, out, M),
-        "settings checked": lambda: (arrays.real(1.0, "lr"), Options.checked(*given)),
+        "arrays looked at": lambda: arrays.view_plain(thetas, grads, out, M),
+        "settings checked": lambda: (checks.real(1.0, "lr"), Options.checked(*given)),
         "gram, spectrum, combine": lambda: step_kernel.step_of_arrays(*own, dtype=dtype, compute=dtype),
         "of it the eigenproblem": lambda: spectrum.spectrum(*small),
     }

@@ -106,7 +106,7 @@ def test_dlpack(benchmark, seconds):
 
     def round_trip():
         thetas, grads = arrays.pair(*foreign)
-        result = arrays.output(None, thetas, (thetas, grads)).finish()
+        result = arrays.output(None, thetas, (thetas, grads)).export()
         return thetas, grads, result, np.from_dlpack(result)
 
     def reference():

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton.arrays import EPS
 from fastnewton.diagnostics import diagnosed
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import spectrum as small
 from fastnewton.kernels.record import FALLBACK, GO, NOT_FINITE
 from fastnewton.results import StepInfo, recorded
@@ -87,10 +87,10 @@ class Spectrum:
 
 def projected(raw: Any, dtype: str) -> Gram:
     """The kernels' sums as a Gram: K ← CKC, b ← Cb, which removes the rounding of ḡ from the direction (1, …, 1)."""
-    matrix, projection, norm2, floor = small.projected(raw.products, raw.m, EPS[dtype])
+    matrix, projection, norm2, floor = small.projected(raw.products, raw.m, DTYPES[dtype].eps)
     if raw.of_thetas is None:
         return Gram(matrix, projection, norm2, floor)
-    theta_matrix, _, _, theta_floor = small.projected(raw.of_thetas, raw.m, EPS[dtype])
+    theta_matrix, _, _, theta_floor = small.projected(raw.of_thetas, raw.m, DTYPES[dtype].eps)
     if raw.cross is None:
         return Gram(matrix, projection, norm2, floor, theta_matrix, None, theta_floor)
     cross = small.centred(raw.cross)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton import arrays
+from fastnewton import arrays, checks
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend, cpu
 from fastnewton.decision import Gram, Spectrum, on_host
@@ -120,11 +120,11 @@ class Options:
 @lru_cache(maxsize=64, typed=True)  # the same settings come step after step
 def _checked(cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: Any) -> Options:
     return Options(
-        arrays.fraction(cutoff, "cutoff"),
-        arrays.count(max_rank, "max_rank"),
-        None if lr_rest is None else arrays.real(lr_rest, "lr_rest"),
-        arrays.choice(lr_cap, "lr_cap", LR_CAPS),
-        arrays.choice(nonfinite, "nonfinite", ON_NONFINITE),
+        checks.fraction(cutoff, "cutoff"),
+        checks.count(max_rank, "max_rank"),
+        None if lr_rest is None else checks.real(lr_rest, "lr_rest"),
+        checks.choice(lr_cap, "lr_cap", LR_CAPS),
+        checks.choice(nonfinite, "nonfinite", ON_NONFINITE),
     )
 
 
@@ -197,7 +197,7 @@ def step(
     CuPy).  Up to 64 workers "propagate" never waits, and with `out` it can be captured in a CUDA graph; "raise" and
     "drop" wait once, at the end.  With safeguards a step waits for the m × m matrices, and cannot be captured.
     """
-    lr = arrays.real(lr, "lr")
+    lr = checks.real(lr, "lr")
     options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
     if (done := cpu.short_step(thetas, grads, lr, options, out)) is not None:
         return done
@@ -205,7 +205,7 @@ def step(
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
         info = options.counted(step_rows(first, second, lr, options, target.rows))
-        return target.finish(), info
+        return target.export(), info
 
 
 def apply_inverse(
@@ -241,7 +241,7 @@ def apply_inverse(
         found = side.spectrum(side.gram(second, vector, None, compute), options.cutoff, options.max_rank)
         c = found.coefficients
         side.combine(first, second, c, tau=1.0, beta=1.0, z=vector, out=target.rows, compute=compute)
-        return target.finish()
+        return target.export()
 
 
 def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None = None) -> Gram:
@@ -270,7 +270,7 @@ def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None
         Bad input.
     """
     second = arrays.rows(grads, "grads")
-    compute = compute_type(second.dtype, arrays.choice(precision, "precision", (None, "float64")))
+    compute = compute_type(second.dtype, checks.choice(precision, "precision", (None, "float64")))
     vector = None if z is None else arrays.vector(z, "z", second, "grads")
     first = None
     if thetas is not None:
@@ -304,9 +304,9 @@ def spectrum(gram: Gram, *, cutoff: float = 0.1, max_rank: int | None = None) ->
     """
     if not isinstance(gram, Gram):
         raise TypeError(f"gram must be a Gram, as fastnewton.gram returns it; got {type(gram).__name__}")
-    where = arrays.small_matrices(gram)
+    where = arrays.check_gram(gram)
     with backend(where).context(where):
-        return backend(where).spectrum(gram, arrays.fraction(cutoff, "cutoff"), arrays.count(max_rank, "max_rank"))
+        return backend(where).spectrum(gram, checks.fraction(cutoff, "cutoff"), checks.count(max_rank, "max_rank"))
 
 
 def diagnostics(gram: Gram, spectrum: Spectrum) -> Diagnostics:
@@ -335,7 +335,7 @@ def diagnostics(gram: Gram, spectrum: Spectrum) -> Diagnostics:
             raise TypeError(
                 f"{name} must be a {kind.__name__}, as fastnewton.{name} returns it; got {type(value).__name__}"
             )
-    where = arrays.small_matrices(gram)
+    where = arrays.check_gram(gram)
     if gram.theta_matrix is None or gram.cross_matrix is None:
         raise ValueError("gram must hold the products of the parameters: fastnewton.gram(grads, thetas=thetas)")
     if spectrum.vectors.shape != gram.matrix.shape:
@@ -375,15 +375,15 @@ def combine(
     TypeError, ValueError
         Bad input, before anything is written.
     """
-    tau = arrays.real(lr, "lr")
-    beta = tau if lr_rest is None else arrays.real(lr_rest, "lr_rest")
+    tau = checks.real(lr, "lr")
+    beta = tau if lr_rest is None else checks.real(lr_rest, "lr_rest")
     first, second = arrays.pair(thetas, grads)
-    compute = compute_type(first.dtype, arrays.choice(precision, "precision", (None, "float64")))
-    c = arrays.coefficient_vector(coefficients, first)
+    compute = compute_type(first.dtype, checks.choice(precision, "precision", (None, "float64")))
+    c = arrays.coefficients(coefficients, first)
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
         backend(first).combine(first, second, c, tau=tau, beta=beta, z=None, out=target.rows, compute=compute)
-        return target.finish()
+        return target.export()
 
 
 def compute_type(dtype: str, precision: str | None) -> str:

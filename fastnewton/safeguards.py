@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton import arrays
+from fastnewton import checks
 from fastnewton.kernels.record import CAPTURED, GO, LR, LR_REST, NOT_FINITE, RANK, REASON, STATUS
 from fastnewton.results import ACCEPTED, COEFFICIENT, COSINE, CURVATURE, NEWTON_NORM, NONFINITE, StepInfo, weights_of
 
@@ -67,10 +67,10 @@ class Safeguards:
     def __post_init__(self):
         for name in ("min_cosine", "max_coefficient", "max_newton_norm", "fallback_lr"):
             given = getattr(self, name)
-            object.__setattr__(self, name, None if given is None else arrays.real(given, name))
+            object.__setattr__(self, name, None if given is None else checks.real(given, name))
         if self.min_cosine is not None and self.min_cosine >= 1:
             raise ValueError(f"min_cosine must be below 1; got {self.min_cosine!r}")
-        arrays.choice(self.curvature, "curvature", CURVATURES)
+        checks.choice(self.curvature, "curvature", CURVATURES)
 
     def count(self, info: StepInfo) -> None:
         """Count the reason of a step that was taken."""

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnewton import arrays, decision
-from fastnewton.arrays import EPS, Output, Rows
+from fastnewton import arrays, checks, decision
+from fastnewton.arrays import CPU, Output, Rows
 from fastnewton.backends import cpu
 from fastnewton.decision import Gram
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import combine as combine_kernel
 from fastnewton.kernels.cpu import gram as gram_kernel
 from fastnewton.kernels.cpu import spectrum as small
@@ -79,38 +80,38 @@ class ParameterServer:
         lr_cap: str | None = None,
         max_staleness: int | None = None,
     ):
-        self._mode = arrays.choice(mode, "mode", MODES)
-        self._lr = arrays.real(lr, "lr")
-        self._options = Options.checked(cutoff, max_rank, lr_rest, arrays.choice(lr_cap, "lr_cap", LR_CAPS), "raise")
-        self._max_staleness = arrays.count(max_staleness, "max_staleness")
+        self._mode = checks.choice(mode, "mode", MODES)
+        self._lr = checks.real(lr, "lr")
+        self._options = Options.checked(cutoff, max_rank, lr_rest, checks.choice(lr_cap, "lr_cap", LR_CAPS), "raise")
+        self._max_staleness = checks.count(max_staleness, "max_staleness")
         if self._mode == "async" and lr_cap == "curvature":
             raise ValueError("lr_cap must be None or 'sigma' with mode='async'; got 'curvature'")
         if self._mode == "sync" and max_staleness is not None:
             raise ValueError("max_staleness must be None with mode='sync', where every worker writes in every round")
-        m = arrays.count(workers, "workers")
+        m = checks.count(workers, "workers")
         if m is None or not 1 <= m <= arrays.MAX_WORKERS:
             raise ValueError(f"workers must be 1 to {arrays.MAX_WORKERS}; got {workers!r}")
         given = arrays.single(theta0, "theta0")
-        if given.device != "cpu":
+        if given.device != CPU:
             raise TypeError(f"theta0 must be in CPU memory; got an array on {given.device}")
         self.like = given._replace(owner=None)
         self._changed = threading.Condition()
         self._allocate(m)
-        self._latest = _Latest(self._copied(arrays.memory(given, self._word)), 0, None)
+        self._latest = _Latest(self._copied(given.raw_bits), 0, None)
 
     def _allocate(self, m: int) -> None:
         n, dtype = self.like.n, self.like.dtype
         self._word = np.dtype(f"u{self.like.itemsize}")
-        self._stacks = tuple(arrays.aligned((m, n), self._word) for _ in range(2))  # thetas, grads
+        self._stacks = tuple(arrays.allocate((m, n), self._word) for _ in range(2))  # thetas, grads
         for stack in self._stacks:
             stack[:] = 0
         self._rows = tuple(arrays.rows_of(stack, dtype) for stack in self._stacks)
         self._written = np.zeros(m, np.int64)  # the version to which each worker's last Write belongs; 0 for none
         self._gram = RowwiseGram(m, self.like) if self._mode == "async" else None
 
-    def _copied(self, words: np.ndarray) -> Output:
+    def _copied(self, raw_bits: np.ndarray) -> Output:
         target = arrays.output(None, self.like, ())
-        arrays.memory(target.rows, self._word, read_only=False)[:] = words
+        target.rows.raw_bits[:] = raw_bits.view(target.rows.raw_bits.dtype)
         return target
 
     @property
@@ -131,7 +132,7 @@ class ParameterServer:
     def latest_words(self) -> tuple[np.ndarray, int]:
         """The bits of the latest parameters, as unsigned integers, and their version."""
         target, version, _ = self._latest
-        return arrays.memory(target.rows, self._word), version
+        return target.rows.raw_bits.view(self._word), version
 
     def read(self, after: int | None = None) -> tuple[Any, int]:
         """The latest parameters and their version.
@@ -148,12 +149,12 @@ class ParameterServer:
         version : int
             0 for theta0, then one more for each update.
         """
-        wanted = arrays.count(after, "after")
+        wanted = checks.count(after, "after")
         if wanted is not None:
             with self._changed:
                 self._changed.wait_for(lambda: self.version > wanted)
         target, version, _ = self._latest
-        return target.finish(), version
+        return target.export(), version
 
     def write(self, worker: int, theta: Any, grad: Any) -> int:
         """Hand in the parameters and gradient of one worker; never waits for another one.
@@ -177,7 +178,7 @@ class ParameterServer:
         NonFiniteError
             NaN or infinity in theta or grad, or an update that overflows.  Nothing has changed then.
         """
-        k = arrays.count(worker, "worker")
+        k = checks.count(worker, "worker")
         if k is None or k >= self.workers:
             raise ValueError(f"worker must be 0 to {self.workers - 1}; got {worker!r}")
         first = arrays.vector(theta, "theta", self.like, "theta0")
@@ -192,7 +193,7 @@ class ParameterServer:
             update = (self._round if self._mode == "sync" else self._single)(k, theta, grad, version)
             # Only now that nothing can fail any more is anything changed.
             for stack, given in zip(self._stacks, (theta, grad), strict=True):
-                stack[k] = arrays.memory(given, self._word)
+                stack[k] = given.raw_bits.view(self._word)
             self._written[k] = version
             if update is not None:
                 self._latest = update
@@ -234,10 +235,12 @@ class ParameterServer:
 
     def _with(self, k: int, *given: Rows) -> list[Rows]:
         """All rows, those of worker k where its caller has them."""
-        tables = [rows.table.copy() for rows in self._rows]
-        for table, row in zip(tables, given, strict=True):
-            table[k] = row.table[0]
-        return [rows._replace(table=table) for rows, table in zip(self._rows, tables, strict=True)]
+        changed = []
+        for rows, row in zip(self._rows, given, strict=True):
+            table, owner = rows.table.copy(), list(rows.owner)
+            table[k], owner[k] = row.table[0], row.owner[0]
+            changed.append(rows._replace(table=table, owner=owner))
+        return changed
 
     # -- across a restart -----------------------------------------------------------------------------------
 
@@ -334,7 +337,7 @@ class RowwiseGram:
             to_mean = products.mean(axis=1)  # (g_i − r)ᵀ(ḡ − r)
             every[:m, :m], every[:m, m], every[m, :m] = products, to_mean + along, to_mean + along
             every[m, m] = max(0.0, to_mean.mean() + 2 * along.mean() + self._norm2)
-        return Gram(*small.projected(every, m, EPS[self._dtype]))
+        return Gram(*small.projected(every, m, DTYPES[self._dtype].eps))
 
     def follow(self, present: np.ndarray, grads: Rows) -> None:
         """Take the change, and move r to ḡ where it has become too far from the rows."""

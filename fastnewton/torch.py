@@ -13,7 +13,8 @@ try:
 except ImportError as error:
     raise ImportError("fastnewton.torch needs PyTorch: pip install 'fastnewton[train]'") from error
 
-from fastnewton import arrays
+from fastnewton import checks
+from fastnewton.dtypes import DTYPES
 from fastnewton.method import EXCHANGES, NonFiniteError, Options
 from fastnewton.safeguards import Safeguards
 
@@ -96,8 +97,8 @@ class DistNewton(torch.optim.Optimizer):
         nonfinite: str = "drop",
         spread: float | None = None,
     ):
-        self.spread = None if spread is None else arrays.real(spread, "spread")
-        arrays.choice(exchange, "exchange", EXCHANGES)
+        self.spread = None if spread is None else checks.real(spread, "spread")
+        checks.choice(exchange, "exchange", EXCHANGES)
         self.local_steps = _checked_local_steps(local_steps, self.spread)
         self.safeguards = Safeguards() if safeguards is _GUARDED else safeguards
         self._options = Options.checked(cutoff, None, lr_rest, None, nonfinite, self.safeguards)
@@ -120,7 +121,7 @@ class DistNewton(torch.optim.Optimizer):
         try:
             for name in LENGTHS:
                 if self.param_groups[-1][name] is not None or name == "lr":
-                    arrays.real(self.param_groups[-1][name], name)
+                    checks.real(self.param_groups[-1][name], name)
             _check_alike(self._parameters())
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -154,7 +155,7 @@ class DistNewton(torch.optim.Optimizer):
         for group, theta, grad in zip(
             self.param_groups, self._theta.split(sizes), self._grad.split(sizes), strict=True
         ):
-            theta.add_(grad, alpha=-arrays.real(group["lr"] if group[name] is None else group[name], name))
+            theta.add_(grad, alpha=-checks.real(group["lr"] if group[name] is None else group[name], name))
 
     def _combine(self) -> None:
         if self.newton is None:
@@ -287,7 +288,7 @@ class DistNewton(torch.optim.Optimizer):
 
 
 def _checked_local_steps(given: Any, spread: float | None) -> int:
-    steps = arrays.count(given, "local_steps") or 0
+    steps = checks.count(given, "local_steps") or 0
     if steps < (1 if spread else 2):
         raise ValueError(
             f"local_steps must be at least 2, or 1 with a positive spread; got {given!r} and spread={spread!r}: "
@@ -299,7 +300,7 @@ def _checked_local_steps(given: Any, spread: float | None) -> int:
 def _check_alike(params: list[torch.Tensor]) -> None:
     for p in params:
         what = p.dtype, p.device, p.layout
-        if str(p.dtype).removeprefix("torch.") not in arrays.ITEMSIZE or p.layout is not torch.strided:
+        if str(p.dtype).removeprefix("torch.") not in DTYPES or p.layout is not torch.strided:
             raise TypeError(f"params must be dense and float16, bfloat16, float32 or float64; got {what}")
         if (wanted := (params[0].dtype, params[0].device, params[0].layout)) != what:
             raise TypeError(f"params must be of one dtype and on one device; got {wanted} and {what}")

@@ -7,18 +7,22 @@ CuPy's current stream, and a JAX result is handed back through JAX's own import,
 import ctypes
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from fastnewton import arrays
-from fastnewton.arrays import ITEMSIZE, Memory, Output, Rows
-from fastnewton.backends.cuda import context
+from fastnewton.arrays.layout import Device, Layout, Output, Rows, row_addresses
+from fastnewton.arrays.libraries import check_dtype, torch_dtype
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cuda import launch as cuda
 
-_LEGACY_STREAM = 1  # what DLPack calls the stream whose handle is 0
-_BFLOAT = 4
-_DTYPES = {(2, 16): "float16", (_BFLOAT, 16): "bfloat16", (2, 32): "float32", (2, 64): "float64"}  # by (code, bits)
+_LEGACY_STREAM = 1  # DLPack's name for the stream whose handle is 0
+_NAMES = {dtype.dlpack: name for name, dtype in DTYPES.items()}
+
+# Memory that kernels may still be reading, where its library does not know of their stream and would reuse it.
+_in_use: list[tuple[Any, list[Any]]] = []
 
 
 class _Tensor(ctypes.Structure):
@@ -42,117 +46,116 @@ _pointer_in = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
 
 
-def described(value: Any, name: str, library: str) -> Memory:
-    """Where an array on a CUDA device lies, and the stream on which it is ready."""
+@contextmanager
+def context(*inputs: Rows) -> Iterator[None]:
+    """Enter the device and stream of these arrays, and keep the arrays alive until the stream is done."""
+    cupy, like = cuda.cupy(), inputs[0]
+    current = cupy.cuda.get_current_stream(like.device.index)
+    own = current if current.ptr == like.stream else cupy.cuda.ExternalStream(like.stream, like.device.index)
+    with cupy.cuda.Device(like.device.index), own as stream:
+        _in_use[:] = [entry for entry in _in_use if not entry[0].done]
+        try:
+            yield
+        finally:
+            if like.library not in ("cupy", "torch"):
+                _in_use.append((stream.record(), [one.owner for one in inputs]))
+
+
+# -- in -----------------------------------------------------------------------------------------------------
+
+
+def describe(value: Any, name: str, library: str, device: Device) -> Layout:
+    """Describe an array on a CUDA device, and name the stream on which it is ready."""
     if library == "torch":
-        return _torch_memory(value, name)
+        return _describe_torch(value, device)
+    stream = cuda.cupy().cuda.get_current_stream(device.index).ptr
     if library == "cupy":
-        return _cupy_memory(value, name)
-    return _exported_memory(value, name, library)
+        dtype = check_dtype(value.dtype.name, name)
+        return Layout(value.data.ptr, value.shape, value.strides, dtype, library, value, device, stream)
+    return _describe_exporter(value, name, library, device, stream)
 
 
-def _torch_memory(tensor: Any, name: str) -> Memory:
+def _describe_torch(tensor: Any, device: Device) -> Layout:
     cuda.cupy()
-    dtype = _checked_dtype(str(tensor.dtype).removeprefix("torch."), name)
-    strides = tuple(step * ITEMSIZE[dtype] for step in tensor.stride())
-    stream = sys.modules["torch"].cuda.current_stream(tensor.device).cuda_stream
-    where = f"cuda:{tensor.device.index}"
-    return Memory(tensor.data_ptr(), tuple(tensor.shape), strides, dtype, "torch", tensor, where, stream)
+    dtype, stream = torch_dtype(tensor), sys.modules["torch"].cuda.current_stream(tensor.device).cuda_stream
+    strides = _in_bytes(tensor.stride(), dtype)
+    return Layout(tensor.data_ptr(), tuple(tensor.shape), strides, dtype, "torch", tensor, device, stream)
 
 
-def _cupy_memory(array: Any, name: str) -> Memory:
-    stream = cuda.cupy().cuda.get_current_stream(array.device.id).ptr
-    dtype, where = _checked_dtype(array.dtype.name, name), f"cuda:{array.device.id}"
-    return Memory(array.data.ptr, array.shape, array.strides, dtype, "cupy", array, where, stream)
-
-
-def _exported_memory(value: Any, name: str, library: str) -> Memory:
-    _, number = value.__dlpack_device__()
-    stream = cuda.cupy().cuda.get_current_stream(number).ptr
+def _describe_exporter(value: Any, name: str, library: str, device: Device, stream: int) -> Layout:
     try:
         capsule = value.__dlpack__(stream=stream or _LEGACY_STREAM)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} cannot be read through DLPack without a copy: {error}") from error
     tensor = _Tensor.from_address(_pointer_in(capsule, b"dltensor"))
-    dtype = _checked_dtype(_DTYPES.get((tensor.code, tensor.bits), f"DLPack type {tensor.code}"), name)
+    dtype = check_dtype(_NAMES.get((tensor.code, tensor.bits), f"DLPack type {tensor.code}"), name)
     shape = tuple(tensor.shape[: tensor.ndim])
-    steps = tensor.strides[: tensor.ndim] if tensor.strides else _contiguous(shape)
-    strides = tuple(step * ITEMSIZE[dtype] for step in steps)
+    if tensor.strides:
+        strides = tensor.strides[: tensor.ndim]
+    else:
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     address = (tensor.data or 0) + tensor.offset
-    return Memory(address, shape, strides, dtype, library, (value, capsule), f"cuda:{number}", stream)
+    return Layout(address, shape, _in_bytes(strides, dtype), dtype, library, (value, capsule), device, stream)
 
 
-def _contiguous(shape: tuple[int, ...]) -> list[int]:
-    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+def _in_bytes(strides: Any, dtype: str) -> tuple[int, ...]:
+    return tuple(step * DTYPES[dtype].itemsize for step in strides)
 
 
-def _checked_dtype(dtype: str, name: str) -> str:
-    if dtype not in ITEMSIZE:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {dtype}")
-    return dtype
+def coefficients(layout: Layout, like: Rows) -> Any:
+    """Convert a vector to float64 where `like` is, ready on its stream."""
+    vector = layout.owner if layout.device.kind == "cpu" else _view(layout)
+    if like.device.kind == "cpu":
+        return vector.get().astype(np.float64)
+    cupy = cuda.cupy()
+    with context(like):
+        if layout.device == like.device and layout.stream != like.stream:
+            ready = cupy.cuda.ExternalStream(layout.stream, like.device.index).record()
+            cupy.cuda.get_current_stream().wait_event(ready)
+        return cupy.asarray(vector, np.float64)
 
 
-# -- result out ---------------------------------------------------------------------------------------------
+def _view(layout: Layout) -> Any:
+    cupy, index, (m,) = cuda.cupy(), layout.device.index, layout.shape
+    size = layout.strides[0] * (m - 1) + DTYPES[layout.dtype].itemsize
+    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(layout.stream, index):
+        block = cupy.cuda.UnownedMemory(layout.address, size, layout.owner, index)
+        return cupy.ndarray(layout.shape, layout.dtype, cupy.cuda.MemoryPointer(block, 0), layout.strides)
+
+
+# -- out ----------------------------------------------------------------------------------------------------
 
 
 def new_output(like: Rows) -> Output:
-    """New memory on the device of `like`, which must be current."""
+    """Allocate a vector like a row of `like`, whose device must be current."""
     if like.library == "torch":
         torch = sys.modules["torch"]
-        tensor = torch.empty(like.n, dtype=getattr(torch, like.dtype), device=like.device)
-        return Output(_row_at(tensor.data_ptr(), like, tensor), lambda: tensor)
-    words = like.library == "jax" and like.dtype == "bfloat16"
-    array = cuda.cupy().empty(like.n, np.uint16 if words else arrays.numpy_dtype(like.dtype))
-    target = _row_at(array.data.ptr, like, array)
-    return Output(target, lambda: _as_jax(array, like.dtype) if like.library == "jax" else array)
+        result = torch.empty(like.n, dtype=getattr(torch, like.dtype), device=str(like.device))
+        address = result.data_ptr()
+    else:
+        raw = like.library == "jax" and like.dtype == "bfloat16"
+        result = cuda.cupy().empty(like.n, DTYPES[like.dtype].word if raw else DTYPES[like.dtype].numpy())
+        address = result.data.ptr
+    target = like._replace(table=row_addresses(address, 0, 1), owner=result)
+    return Output(target, lambda: _to_jax(result, like.dtype) if like.library == "jax" else result)
 
 
-def _row_at(address: int, like: Rows, owner: Any) -> Rows:
-    return like._replace(table=np.array([address], np.int64), owner=owner)
-
-
-def _as_jax(array: Any, dtype: str) -> Any:
+def _to_jax(array: Any, dtype: str) -> Any:
     jax = sys.modules["jax"]
     with jax.enable_x64(True):  # or float64 would become float32
         return jax.dlpack.from_dlpack(_Bfloat16(array) if dtype == "bfloat16" else array)
 
 
 class _Bfloat16:
-    """Sixteen-bit words of CuPy, which need not know the type, exported as bfloat16."""
+    """Raw bits in an array of CuPy, which need not know the type, exported as bfloat16."""
 
-    def __init__(self, words: Any):
-        self._words = words
+    def __init__(self, raw_bits: Any):
+        self._raw_bits = raw_bits
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self._words.__dlpack_device__()
+        return self._raw_bits.__dlpack_device__()
 
     def __dlpack__(self, **options: Any) -> Any:
-        capsule = self._words.__dlpack__(**options)
-        _Tensor.from_address(_pointer_in(capsule, b"dltensor")).code = _BFLOAT
+        capsule = self._raw_bits.__dlpack__(**options)
+        _Tensor.from_address(_pointer_in(capsule, b"dltensor")).code, _ = DTYPES["bfloat16"].dlpack
         return capsule
-
-
-# -- coefficients -------------------------------------------------------------------------------------------
-
-
-def coefficients(given: Memory, like: Rows) -> Any:
-    """A vector as float64 where `like` is, ready on its stream."""
-    found = arrays.values(given) if given.device == "cpu" else _view(given)
-    if like.device == "cpu":
-        return found.get().astype(np.float64)
-    cupy = cuda.cupy()
-    with context(like):
-        if given.device == like.device and given.stream != like.stream:
-            number = int(like.device.removeprefix("cuda:"))
-            ready = cupy.cuda.ExternalStream(given.stream, number).record()
-            cupy.cuda.get_current_stream().wait_event(ready)
-        return cupy.asarray(found, np.float64)
-
-
-def _view(given: Memory) -> Any:
-    cupy = cuda.cupy()
-    number, (m,) = int(given.device.removeprefix("cuda:")), given.shape
-    size = given.strides[0] * (m - 1) + ITEMSIZE[given.dtype]
-    with cupy.cuda.Device(number), cupy.cuda.ExternalStream(given.stream, number):
-        block = cupy.cuda.UnownedMemory(given.address, size, given.owner, number)
-        return cupy.ndarray(given.shape, given.dtype, cupy.cuda.MemoryPointer(block, 0), given.strides)

@@ -8,4 +8,4 @@ from fastnewton.backends import cpu, cuda
 
 def backend(like: Rows) -> ModuleType:
     """The side that these arrays are on."""
-    return cuda if like.device.startswith("cuda") else cpu
+    return cuda if like.device.kind == "cuda" else cpu

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from fastnewton import arrays, decision
-from fastnewton.arrays import EPS, Rows
+from fastnewton.arrays import Rows
 from fastnewton.decision import Gram, Spectrum
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import combine as combine_kernel
 from fastnewton.kernels.cpu import gram as gram_kernel
 from fastnewton.kernels.cpu import spectrum as small
@@ -63,7 +64,7 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
 
 def short_step(thetas: Any, grads: Any, lr: float, options: Any, out: Any) -> tuple[Any, StepInfo] | None:
     """A step of few workers whose arrays are plain and in order, and in which nothing comes up; None for any other."""
-    plain = None if options.reads_thetas else arrays.plain(thetas, grads, out, small.SHORT_LIMIT)
+    plain = None if options.reads_thetas else arrays.view_plain(thetas, grads, out, small.SHORT_LIMIT)
     if plain is None:
         return None
     dtype, first, second, target, result = plain
@@ -80,7 +81,7 @@ def settings(m: int, dtype: str, lr: float, options: Any) -> tuple:
     rank = m if options.max_rank is None else min(m, options.max_rank)
     rest = math.nan if options.lr_rest is None else options.lr_rest
     guarded = options.nonfinite != "propagate"
-    return EPS[dtype], options.cutoff, rank, lr, rest, options.lr_cap == "sigma", guarded
+    return DTYPES[dtype].eps, options.cutoff, rank, lr, rest, options.lr_cap == "sigma", guarded
 
 
 def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str) -> None:

@@ -5,39 +5,19 @@ Beyond, the m × m part runs as on the host, with the eigenproblem alone on the 
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastnewton import decision
 from fastnewton.arrays import Rows
+from fastnewton.arrays.cuda import context
 from fastnewton.decision import Gram, Spectrum
 from fastnewton.kernels.cpu.gram import RawGram
 from fastnewton.kernels.cpu.tree import BLOCK, blocks  # noqa: F401  (the same blocks on both sides)
 from fastnewton.kernels.cuda import launch as cuda
 from fastnewton.kernels.record import GO, HEADER, NOT_CONVERGED, RESULT
 from fastnewton.results import StepInfo, size_of, weights_of
-
-# Memory that kernels may still be reading, where its library does not know of their stream and would use it again.
-_in_use: list[tuple[Any, list[Any]]] = []
-
-
-@contextmanager
-def context(*given: Rows) -> Iterator[None]:
-    """Make the arrays' device and the stream that their library works on current, and keep them until it is done."""
-    cupy, like = cuda.cupy(), given[0]
-    number = int(like.device.removeprefix("cuda:"))
-    current = cupy.cuda.get_current_stream(number)
-    own = current if current.ptr == like.stream else cupy.cuda.ExternalStream(like.stream, number)
-    with cupy.cuda.Device(number), own as stream:
-        _in_use[:] = [entry for entry in _in_use if not entry[0].done]
-        try:
-            yield
-        finally:
-            if like.library not in ("cupy", "torch"):
-                _in_use.append((stream.record(), [one.owner for one in given]))
 
 
 class Record(NamedTuple):

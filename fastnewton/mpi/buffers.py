@@ -7,14 +7,14 @@ import numpy as np
 
 from fastnewton import arrays
 from fastnewton.arrays import Rows
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cuda import launch as cuda
 from fastnewton.mpi import gpu_aware
-from fastnewton.mpi.datatypes import WORDS
 
 
 def buffers(like: Rows) -> "HostBuffers":
     """Those for arrays like these."""
-    if not like.device.startswith("cuda"):
+    if like.device.kind == "cpu":
         return HostBuffers(like)
     return (DeviceBuffers if gpu_aware.verdict()[0] else PinnedBuffers)(like)
 
@@ -23,15 +23,15 @@ class HostBuffers:
     """Arrays in CPU memory are sent and received where they are."""
 
     def __init__(self, like: Rows):
-        self.word = np.dtype(WORDS[like.dtype])
+        self.word = DTYPES[like.dtype].word
 
     def receiving(self, shape: tuple[int, int]) -> Any:
         """Memory for what other ranks send."""
-        return arrays.aligned(shape, self.word)
+        return arrays.allocate(shape, self.word)
 
     def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
         """A caller's vector as MPI can send it, piece by piece."""
-        words = arrays.memory(one, self.word)
+        words = one.raw_bits
         return lambda k: words[pieces[k]]
 
     def rows(self, stack: Any, like: Rows) -> Rows:
@@ -40,7 +40,7 @@ class HostBuffers:
 
     def collecting(self, target: Rows) -> Any:
         """Memory in which the shards of θ_new come together."""
-        return arrays.memory(target, self.word, read_only=False)
+        return target.raw_bits
 
     def finish(self, write: Callable[[Rows], None], target: Rows, piece: slice, whole: Any) -> None:
         """Have this piece of θ_new written, so that it is in `whole`."""

@@ -6,13 +6,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-_TYPES = {
-    "float16": MPI.UINT16_T,
-    "bfloat16": MPI.UINT16_T,
-    "float32": MPI.FLOAT,
-    "float64": MPI.DOUBLE,
-}
-WORDS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.float32, "float64": np.float64}
+from fastnewton.dtypes import DTYPES
 
 # From version 4 on the library takes larger counts itself.
 LARGEST_COUNT = (1 << 63) - 1 if MPI.Get_version() >= (4, 0) else (1 << 31) - 1
@@ -26,7 +20,7 @@ def message(words: np.ndarray, dtype: str) -> list[Any]:
 @cache
 def counted(count: int, dtype: str) -> tuple[int, MPI.Datatype]:
     """So many values of a dtype, as a count that the library takes and a type, possibly one of many values."""
-    kind = _TYPES[dtype]
+    kind = getattr(MPI, DTYPES[dtype].mpi_name)
     if count <= LARGEST_COUNT:
         return count, kind
     pieces, rest = divmod(count, LARGEST_COUNT)

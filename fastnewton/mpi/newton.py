@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from fastnewton import arrays, decision
+from fastnewton import arrays, checks, decision
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.diagnostics import Diagnostics, packed_size
@@ -86,9 +86,9 @@ class DistNewton:
         self.traffic: dict[str, tuple[int, int]] = {}
 
         def settle() -> tuple[float, Options, int | None]:
-            arrays.choice(exchange, "exchange", EXCHANGES)
+            checks.choice(exchange, "exchange", EXCHANGES)
             options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
-            return arrays.real(lr, "lr"), options, threads.chosen_threads()
+            return checks.real(lr, "lr"), options, threads.chosen_threads()
 
         settled, problem = attempt(settle)
         try:
@@ -201,7 +201,7 @@ class DistNewton:
 
     def _lengths(self, lr: float | None, segments: Any, n: int) -> Lengths:
         if segments is None:
-            return Lengths(self._lr if lr is None else arrays.real(lr, "lr"), self._options.lr_rest)
+            return Lengths(self._lr if lr is None else checks.real(lr, "lr"), self._options.lr_rest)
         if lr is not None:
             raise TypeError("lr must be left out where segments are given, which have their own")
         return Lengths.of(segments, n)
@@ -256,7 +256,7 @@ class DistNewton:
             problem = problem or failure
             self._exchange.start(sending, like)
             info = self._options.counted(self._round(np.arange(self._comm.size), lengths, target, like, problem))
-            return target.finish(), info
+            return target.export(), info
 
     def _round(self, workers: np.ndarray, lengths: Lengths, target: Any, like: Rows, problem: Any) -> StepInfo:
         """The step of these workers; collective."""

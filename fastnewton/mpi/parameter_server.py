@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from fastnewton import arrays
+from fastnewton import arrays, checks
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
+from fastnewton.dtypes import DTYPES
 from fastnewton.method import NonFiniteError
 from fastnewton.mpi.buffers import buffers
-from fastnewton.mpi.datatypes import WORDS, message
+from fastnewton.mpi.datatypes import message
 from fastnewton.server import ParameterServer
 
 _READ, _WRITE, _CLOSE = range(3)
@@ -62,7 +63,7 @@ class _Service:
     def __init__(self, server: ParameterServer, comm: MPI.Intracomm):
         self._server, self._comm = server, comm
         self._dtype = server.like.dtype
-        self._arrived = arrays.aligned((2, server.like.n), WORDS[self._dtype])
+        self._arrived = arrays.allocate((2, server.like.n), DTYPES[self._dtype].word)
         self._rows = arrays.rows_of(self._arrived, self._dtype)
         self._open = set(range(1, comm.size))
         self._waiting: dict[int, int] = {}  # rank → the version that it knows
@@ -177,7 +178,7 @@ class Client:
             No newer version can come.
         """
         self._check_open()
-        known = arrays.count(after, "after")
+        known = checks.count(after, "after")
         like = self._like
         if out is not None:
             given = arrays.single(out, "out")
@@ -190,7 +191,7 @@ class Client:
             version = self._answer()
             self._comm.Recv(message(words, self._like.dtype), 0, _VECTOR)
             own.deliver(words, target.rows)
-        return target.finish(), version
+        return target.export(), version
 
     def write(self, theta: Any, grad: Any) -> int:
         """Hand in this worker's parameters and gradient, and wait for nothing but the server's word.

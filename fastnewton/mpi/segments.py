@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastnewton import arrays
+from fastnewton import checks
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
 from fastnewton.results import LR, LR_REST, RESULT, StepInfo
@@ -38,9 +38,9 @@ class Lengths:
             name = f"segments[{k}]"
             if not isinstance(one, Segment):
                 raise TypeError(f"{name} must be a Segment; got {type(one).__name__}")
-            rest = None if one.lr_rest is None else arrays.real(one.lr_rest, f"{name}.lr_rest")
-            length = arrays.count(one.length, f"{name}.length")
-            segments.append(Segment(length or 0, arrays.real(one.lr, f"{name}.lr"), rest))
+            rest = None if one.lr_rest is None else checks.real(one.lr_rest, f"{name}.lr_rest")
+            length = checks.count(one.length, f"{name}.length")
+            segments.append(Segment(length or 0, checks.real(one.lr, f"{name}.lr"), rest))
         if (total := sum(one.length for one in segments)) != n or not segments:
             raise ValueError(f"segments must cover the {n} coordinates of theta; got {len(segments)}, {total} in all")
         first = max(segments, key=lambda one: one.lr)

@@ -16,10 +16,11 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import threads, tree, workspace
 from fastnewton.kernels.cpu.jit import FLOATS, INT, INTS, INTS_2D, entry, jit, kernel
 from fastnewton.kernels.cpu.memory import clear_bytes, copy_rows, itemsize_of, pointer_at
-from fastnewton.kernels.cpu.simd import CACHE_LINE, ITEMSIZE, REGISTERS, VECTOR_BYTES, Vectors, lanes
+from fastnewton.kernels.cpu.simd import CACHE_LINE, REGISTERS, VECTOR_BYTES, Vectors, lanes
 from fastnewton.kernels.cpu.threads import PIECES_PER_THREAD, THREADED_BYTES, THREADED_FLOPS, add, address, keep
 from fastnewton.kernels.cpu.tree import BLOCK, blocks
 
@@ -331,7 +332,7 @@ def _digits(number):
 
 
 def _row_bytes(compute: str) -> int:
-    return 2 * STRIP * ITEMSIZE[compute] + ROW_GAP
+    return 2 * STRIP * DTYPES[compute].itemsize + ROW_GAP
 
 
 def _gram_block(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
@@ -347,7 +348,11 @@ def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offs
 
         return block
 
-    row, size, width = _row_bytes(compute.literal_value), ITEMSIZE[storage.literal_value], lanes(compute.literal_value)
+    row, size, width = (
+        _row_bytes(compute.literal_value),
+        DTYPES[storage.literal_value].itemsize,
+        lanes(compute.literal_value),
+    )
     joint, log_size = kind.literal_value == "joint", size.bit_length() - 1
     stacks, extra = 1 + joint, joint or with_z.literal_value
 
@@ -414,7 +419,7 @@ def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strip
         v = Vectors(builder, storage.literal_value, compute.literal_value)
         table, offset, strips, scratch, sums = args[4:]
         starts = v.pointers(table, 0, rows + with_z_, offset)
-        slots = v.at(scratch, registers * STRIP * ITEMSIZE[v.compute])
+        slots = v.at(scratch, registers * STRIP * DTYPES[v.compute].itemsize)
         slot = {pair: v.at(slots, k * VECTOR_BYTES) for k, pair in enumerate(pairs)}
         for pair in pairs:
             v.store_work(v.constant(0.0), slot[pair])
@@ -425,7 +430,7 @@ def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strip
             return [v.sub(value, mean) for value in values[:rows]] + [mean] + values[rows:]
 
         with v.loop(strips) as strip:
-            here = [v.at(start, strip.index, STRIP * ITEMSIZE[v.storage]) for start in starts]
+            here = [v.at(start, strip.index, STRIP * DTYPES[v.storage].itemsize) for start in starts]
             for number, members in enumerate(rounds):
                 running = {pair: v.variable() for pair in members}
                 for pair in members:
@@ -441,7 +446,7 @@ def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strip
                         used = sorted({k for pair in members for k in pair})
                         x = {k: v.load_work(v.at(copies, k * VECTOR_BYTES)) for k in used}
                     for start in here[number :: len(rounds)]:
-                        v.prefetch(v.at(v.at(start, step_bytes), BLOCK * ITEMSIZE[v.storage]))
+                        v.prefetch(v.at(v.at(start, step_bytes), BLOCK * DTYPES[v.storage].itemsize))
                     for i, j in members:
                         sum_ = running[i, j]
                         builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)

@@ -5,8 +5,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu.jit import INT, jit
-from fastnewton.kernels.cpu.simd import ITEMSIZE, lanes
+from fastnewton.kernels.cpu.simd import lanes
 from fastnewton.kernels.cpu.threads import address
 
 
@@ -52,7 +53,7 @@ def itemsize_of(storage):
 
 @overload(itemsize_of, prefer_literal=True)
 def _itemsize_compiled(storage):
-    size = ITEMSIZE[storage.literal_value]
+    size = DTYPES[storage.literal_value].itemsize
     return lambda storage: size
 
 

@@ -12,10 +12,11 @@ from llvmlite import ir
 from numba import config
 from numba.core import cgutils, codegen
 
+from fastnewton.dtypes import DTYPES
+
 I32, I64 = ir.IntType(32), ir.IntType(64)
 _FLOAT = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
 _STORED = {**_FLOAT, "float16": ir.IntType(16), "bfloat16": ir.IntType(16)}
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def _features() -> set[str]:
@@ -40,7 +41,7 @@ CACHE_LINE = 64
 
 def lanes(compute: str) -> int:
     """Values of the type `compute` in one vector."""
-    return VECTOR_BYTES // ITEMSIZE[compute]
+    return VECTOR_BYTES // DTYPES[compute].itemsize
 
 
 class Vectors:
@@ -51,7 +52,7 @@ class Vectors:
         self.lanes = lanes(compute)
         self.scalar = _FLOAT[compute]
         self.type = ir.VectorType(self.scalar, self.lanes)
-        self.stride = self.lanes * ITEMSIZE[storage]  # bytes of one vector in memory
+        self.stride = self.lanes * DTYPES[storage].itemsize  # bytes of one vector in memory
 
     # -- integers and loops ---------------------------------------------------------------------------------
 
@@ -64,7 +65,7 @@ class Vectors:
     def pointers(self, table, first, count: int, offset):
         """Addresses of element `offset` in the rows first … first+count−1 of a table of row addresses."""
         entry = self.at(table, first, 8)
-        size = ITEMSIZE[self.storage]
+        size = DTYPES[self.storage].itemsize
         return [
             self.at(self.builder.load(self._pointer(self.at(entry, 8 * k), I64)), offset, size) for k in range(count)
         ]
@@ -85,13 +86,13 @@ class Vectors:
     def load(self, address):
         """One vector from caller's memory, converted from storage to compute."""
         stored = ir.VectorType(_STORED[self.storage], self.lanes)
-        raw = self.builder.load(self._pointer(address, stored), align=ITEMSIZE[self.storage])
+        raw = self.builder.load(self._pointer(address, stored), align=DTYPES[self.storage].itemsize)
         return self._widened(raw)
 
     def store(self, value, address, nontemporal: bool = False):
         """One vector to caller's memory, rounded to storage; returns what a reader will see."""
         raw = self._narrowed(value)
-        align = self.stride if nontemporal else ITEMSIZE[self.storage]
+        align = self.stride if nontemporal else DTYPES[self.storage].itemsize
         instruction = self.builder.store(raw, self._pointer(address, raw.type), align=align)
         if nontemporal:
             instruction.set_metadata("nontemporal", self.builder.module.add_metadata([I32(1)]))
@@ -211,7 +212,7 @@ class Vectors:
 
     def fma(self, x, y, z):
         """x·y + z, fused where the machine can."""
-        suffix = f"v{self.lanes}f{8 * ITEMSIZE[self.compute]}"
+        suffix = f"v{self.lanes}f{8 * DTYPES[self.compute].itemsize}"
         return self.builder.call(self._declared(f"llvm.fmuladd.{suffix}", self.type, [self.type] * 3), [x, y, z])
 
     def pairwise(self, values):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import workspace as host_workspace
 
 FOLDER = Path(__file__).parent
@@ -23,7 +24,6 @@ JOINT_LIMIT = 48  # of the joint Gram, for its products to fit the shared memory
 STRAIGHT = {"float32": 12, "float64": 8}  # workers whose products fit into a thread's registers
 CAPS = (None, "sigma", "curvature")
 
-_CTYPES = {"float32": "float", "float64": "double"}
 _SIDE = 4
 _STREAM_THREADS = 128  # small blocks leave little idle when one ends before another
 _FINISH_THREADS = 512
@@ -190,8 +190,8 @@ def alignment(addresses: np.ndarray) -> tuple[int, int, int]:
 def _macros(rows: Any, compute: str, tables: list[np.ndarray], **more: Any) -> tuple[dict[str, Any], np.int32]:
     width, shifted, shift = alignment(np.concatenate(tables))
     macros = {
-        "STORAGE": rows.dtype.upper(),
-        "COMPUTE": _CTYPES[compute],
+        "STORAGE": DTYPES[rows.dtype].macro,
+        "COMPUTE": DTYPES[compute].c_name,
         "M": rows.m if rows.m <= LIMIT else 0,
         "WIDTH": width,
         "SHIFTED": shifted,

@@ -177,7 +177,7 @@ def test_coefficients_of_another_stream_are_waited_for(problem, torch, recorded)
 
 
 def test_memory_of_other_libraries_is_kept_until_the_stream_is_done(problem, monkeypatch):
-    from fastnewton.backends.cuda import _in_use
+    from fastnewton.arrays.cuda import _in_use
 
     thetas, grads = map(Exported, problem)
     monkeypatch.setattr(device.Event, "done", False)

@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import nvrtc
 from cudasim import device
 
-from fastnewton.arrays import ITEMSIZE, Rows
+from fastnewton.arrays import Rows
 from fastnewton.decision import Gram
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cuda import launch as cuda
 
 FILE = Path(__file__).with_suffix(".json")
@@ -69,7 +70,7 @@ def launched(dtype, m, *, past=0, apart=0):
         found[kernel.key] = kernel
         return mock.Mock()
 
-    size = ITEMSIZE[dtype]
+    size = DTYPES[dtype].itemsize
     rows = Rows(4096 * size * (1 + np.arange(m)) + (past + apart * np.arange(m)) * size, 1001, dtype, "cupy", None)
     one = rows._replace(table=rows.table[:1])
     c, nothing = np.zeros(m), (None, None, None)
