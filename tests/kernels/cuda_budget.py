@@ -15,8 +15,8 @@ import nvrtc
 from cudasim import device
 
 from fastnewton.arrays import ITEMSIZE, Rows
-from fastnewton.decision import Gram
 from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.results import Gram
 
 FILE = Path(__file__).with_suffix(".json")
 REGISTERS = 65536  # of a multiprocessor, on all of them
