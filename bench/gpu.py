@@ -21,7 +21,7 @@ import fastnewton as fn
 from bench import peers, roofline, timing
 from fastnewton.kernels.cuda import launch as cuda
 from fastnewton.kernels.cuda.launch import LIMIT
-from fastnewton.results import size_of
+from fastnewton.results import record_size
 
 COPIED = 1 << 30  # bytes, far beyond the L2 cache
 SHARE_OF_MEMORY = 0.6
@@ -214,7 +214,7 @@ def _rotating(case: Case, thetas: Any, grads: Any) -> Callable[[], Any]:
 
 def _spectrum(grads: Any) -> Callable[[], None]:
     """The m × m part alone, as a step launches it."""
-    gram, record = fn.gram(grads), _cupy().empty(size_of(len(grads)))
+    gram, record = fn.gram(grads), _cupy().empty(record_size(len(grads)))
     settings = {"cutoff": peers.CUTOFF, "max_rank": None, "lr": peers.LR, "lr_rest": None, "lr_cap": None}
     return lambda: cuda.spectrum(gram, record=record, **settings)
 

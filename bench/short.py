@@ -17,12 +17,12 @@ import fastnewton as fn
 from bench import peers
 from bench.report import Table
 from bench.timing import interleaved
-from fastnewton import arrays, checks
-from fastnewton.backends import cpu as backend
-from fastnewton.kernels.cpu import spectrum, threads
+from fastnewton import arrays, checks, decision
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import step as step_kernel
-from fastnewton.method import Options
-from fastnewton.results import size_of
+from fastnewton.kernels.cpu import threads
+from fastnewton.options import Options
+from fastnewton.results import record_size
 
 M, LENGTHS = 8, (650, 16_384)
 THREADED = tuple(1 << k for k in range(10, 17))
@@ -94,17 +94,16 @@ def _limited(count: int, step: Callable[[], object]) -> None:
 
 
 def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
-    given = (0.1, None, None, None, "raise")
-    options, gram = Options.checked(*given), fn.gram(grads)
-    small = (gram.matrix, gram.projection, gram.norm2, 0.1, gram.floor, M)
-    dtype, *plain, _ = arrays.view_plain(thetas, grads, out, M)
-    own = *plain, np.empty(size_of(M)), backend.settings(M, dtype, 1.0, options)
+    options, gram = Options.check(), fn.gram(grads)
+    dtype, *plain, _ = arrays.plain(thetas, grads, out, M)
+    arguments = *plain, np.empty(record_size(M)), decision.pack_settings(M, 1.0, options)
+    named = {"eps": DTYPES[dtype].eps, "guarded": True, "dtype": dtype, "compute": dtype}
     tasks: dict[str, Callable[[], object]] = {
         "the whole step": lambda: fn.step(thetas, grads, lr=1.0, out=out),
-        "arrays looked at": lambda: arrays.view_plain(thetas, grads, out, M),
-        "settings checked": lambda: (checks.real(1.0, "lr"), Options.checked(*given)),
-        "gram, spectrum, combine": lambda: step_kernel.step_of_arrays(*own, dtype=dtype, compute=dtype),
-        "of it the eigenproblem": lambda: spectrum.spectrum(*small),
+        "arrays looked at": lambda: arrays.plain(thetas, grads, out, M),
+        "settings checked": lambda: (checks.real(1.0, "lr"), Options.check()),
+        "gram, spectrum, combine": lambda: step_kernel.step_of_arrays(*arguments, **named),
+        "of it the eigenproblem": lambda: decision.spectrum(gram, 0.1, None),
     }
     found = {name: sample.median for name, sample in interleaved(tasks, rounds=rounds).items()}
     whole, *taken = found.values()

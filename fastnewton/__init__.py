@@ -1,11 +1,9 @@
 """The distributed quasi-Newton step of Arnold & Wang (2017), arXiv 1709.05069, at the speed of memory."""
 
 from fastnewton.config import show_config
-from fastnewton.decision import Gram, Spectrum
-from fastnewton.diagnostics import Diagnostics
 from fastnewton.kernels.cuda.launch import clear_caches
 from fastnewton.method import NonFiniteError, apply_inverse, combine, diagnostics, gram, spectrum, step
-from fastnewton.results import StepInfo
+from fastnewton.results import Diagnostics, Gram, Spectrum, StepInfo
 from fastnewton.safeguards import Safeguards
 
 __version__ = "0.1.0"

@@ -9,28 +9,19 @@ since every u_k = Gv_k/σ_k and y_k = Θv_k is a combination of columns; and equ
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from fastnewton import arrays, checks
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend, cpu
-from fastnewton.decision import Gram, Spectrum, on_host
-from fastnewton.diagnostics import Diagnostics, diagnosed
-from fastnewton.kernels.record import GO
-from fastnewton.results import NONFINITE, StepInfo
-from fastnewton.safeguards import Safeguards, checked
-
-PRECISE_CUTOFF = 1e-3  # smaller directions drown in the rounding of float32 products
-SMALL_SQUARE = 2.0**-100  # a float32 product is off by 2⁻¹⁵⁰ and more, and a kept direction may have 1e-6 of σ_1²
-
-ON_NONFINITE = ("raise", "drop", "propagate")
-LR_CAPS = (None, "sigma", "curvature")
-EXCHANGES = ("allgather", "sharded", "auto")  # over MPI
+from fastnewton.diagnostics import diagnose
+from fastnewton.kernels.record import GO, NONFINITE
+from fastnewton.options import Options, check_precision, compute_type
+from fastnewton.results import Diagnostics, Gram, Spectrum, StepInfo, to_host
+from fastnewton.safeguards import Safeguards
 
 
 class NonFiniteError(ArithmeticError):
@@ -58,76 +49,6 @@ class NonFiniteError(ArithmeticError):
         return cls("overflow: thetas and grads are finite, but the step is not; scale the problem down")
 
 
-@dataclass(frozen=True)
-class Options:
-    """The settings of a step, checked."""
-
-    cutoff: float = 0.1
-    max_rank: int | None = None
-    lr_rest: float | None = None
-    lr_cap: str | None = None
-    nonfinite: str = "raise"
-    safeguards: Safeguards | None = None
-
-    @classmethod
-    def checked(
-        cls, cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: Any, safeguards: Any = None
-    ) -> "Options":
-        """Options from what a caller gave; TypeError or ValueError names the argument."""
-        try:
-            found = _checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
-        except TypeError:  # what cannot be hashed is wrong, but not for that reason
-            found = _checked.__wrapped__(cutoff, max_rank, lr_rest, lr_cap, nonfinite)
-        # Equal safeguards count each for itself.
-        return found if safeguards is None else dataclasses.replace(found, safeguards=checked(safeguards))
-
-    def compute(self, dtype: str) -> str:
-        """The type in which products are formed."""
-        return compute_type(dtype, "float64" if self.cutoff < PRECISE_CUTOFF else None)
-
-    @property
-    def reads_thetas(self) -> bool:
-        """Whether the Gram pass reads both arrays."""
-        return self.lr_cap == "curvature" or self.safeguards is not None
-
-    def least_square(self, products: str, m: int, n: int) -> float:
-        """The σ_1² below which products of gradients in that type may have been rounded to zero."""
-        return n * SMALL_SQUARE if products == "float32" and m > 1 and self.safeguards is None else 0.0
-
-    def accepts(self, info: StepInfo, products: str, m: int, n: int) -> bool:
-        """Whether a step with products in that type counts as it is."""
-        if self.nonfinite == "propagate" and self.safeguards is None:
-            return True
-        return info.is_sound_from(self.least_square(products, m, n))
-
-    def overflowed(self, info: StepInfo, finish: Callable[[StepInfo], None]) -> StepInfo:
-        """What becomes of a step that is not finite though its input is: averaged SGD, or an error."""
-        if self.safeguards is None:
-            raise NonFiniteError.overflow()
-        info = info.fallen_back(NONFINITE)
-        finish(info)
-        if self.nonfinite != "propagate" and not info.is_sound:
-            raise NonFiniteError.overflow()
-        return info
-
-    def counted(self, info: StepInfo) -> StepInfo:
-        """A step that was taken."""
-        if self.safeguards is not None:
-            self.safeguards.count(info)
-        return info
-
-
-@lru_cache(maxsize=64, typed=True)  # the same settings come step after step
-def _checked(cutoff: Any, max_rank: Any, lr_rest: Any, lr_cap: Any, nonfinite: Any) -> Options:
-    return Options(
-        checks.fraction(cutoff, "cutoff"),
-        checks.count(max_rank, "max_rank"),
-        None if lr_rest is None else checks.real(lr_rest, "lr_rest"),
-        checks.choice(lr_cap, "lr_cap", LR_CAPS),
-        checks.choice(nonfinite, "nonfinite", ON_NONFINITE),
-    )
-
-
 def step(
     thetas: Any,
     grads: Any,
@@ -138,10 +59,11 @@ def step(
     lr_rest: float | None = None,
     lr_cap: str | None = None,
     nonfinite: str = "raise",
+    precision: str | None = None,
     safeguards: Safeguards | None = None,
     out: Any = None,
 ) -> tuple[Any, StepInfo]:
-    """One quasi-Newton step from the workers' parameters and gradients.
+    """Take one quasi-Newton step from the workers' parameters and gradients.
 
     θ_new = θ̄ − τΘc − β(ḡ − Gc): equations (2) and (4) of Arnold & Wang (2017), arXiv 1709.05069, with a step length
     of its own on the complement.  With j = 0 this is averaged SGD, θ̄ − βḡ.
@@ -165,6 +87,8 @@ def step(
         ‖Θv_k‖ is rounding (reads thetas once more).  None where no direction is kept.
     nonfinite : {"raise", "drop", "propagate"}
         What to do about NaN and infinity: an error, a step without those workers, or nothing.
+    precision : {None, "float64"}
+        As in `gram`; "float64" is implied by cutoff < 1e-3.
     safeguards : Safeguards, optional
         When to distrust the step, and take averaged SGD instead.  Products are then formed in float64, in one pass over
         both arrays: (4m + 1)·n·itemsize bytes in all, not (3m + 1).  What overflows is averaged SGD, not an error.
@@ -198,14 +122,14 @@ def step(
     "drop" wait once, at the end.  With safeguards a step waits for the m × m matrices, and cannot be captured.
     """
     lr = checks.real(lr, "lr")
-    options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
+    options = Options.check(cutoff, max_rank, lr_rest, lr_cap, nonfinite, precision, safeguards)
     if (done := cpu.short_step(thetas, grads, lr, options, out)) is not None:
         return done
     first, second = arrays.pair(thetas, grads)
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
-        info = options.counted(step_rows(first, second, lr, options, target.rows))
-        return target.export(), info
+        info = take_step(LocalSource(first, second, lr, options, target.rows), options)
+        return target.finish(), info
 
 
 def apply_inverse(
@@ -232,16 +156,16 @@ def apply_inverse(
     TypeError, ValueError
         Bad input, before anything is written.
     """
-    options = Options.checked(cutoff, max_rank, None, None, "propagate")
+    options = Options.check(cutoff, max_rank)
     first, second = arrays.pair(thetas, grads)
     vector = arrays.vector(z, "z", second, "grads")
     compute, side = options.compute(second.dtype), backend(first)
     with side.context(first, second, vector):
         target = arrays.output(out, first, (first, second, vector))
-        found = side.spectrum(side.gram(second, vector, None, compute), options.cutoff, options.max_rank)
-        c = found.coefficients
-        side.combine(first, second, c, tau=1.0, beta=1.0, z=vector, out=target.rows, compute=compute)
-        return target.export()
+        spectrum = side.spectrum(side.gram(second, vector, None, compute), options.cutoff, options.max_rank)
+        c = spectrum.coefficients
+        side.combine_rows(first, second, c, tau=1.0, beta=1.0, z=vector, out=target.rows, compute=compute)
+        return target.finish()
 
 
 def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None = None) -> Gram:
@@ -270,14 +194,14 @@ def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None
         Bad input.
     """
     second = arrays.rows(grads, "grads")
-    compute = compute_type(second.dtype, checks.choice(precision, "precision", (None, "float64")))
+    compute = compute_type(second.dtype, check_precision(precision))
     vector = None if z is None else arrays.vector(z, "z", second, "grads")
     first = None
     if thetas is not None:
         first = arrays.rows(thetas, "thetas")
         arrays.check_pair(first, second)
-    given = [one for one in (second, vector, first) if one is not None]
-    with backend(second).context(*given):
+    rows = [one for one in (second, vector, first) if one is not None]
+    with backend(second).context(*rows):
         return backend(second).gram(second, vector, first, compute)
 
 
@@ -341,7 +265,7 @@ def diagnostics(gram: Gram, spectrum: Spectrum) -> Diagnostics:
     if spectrum.vectors.shape != gram.matrix.shape:
         raise ValueError(f"spectrum is of {spectrum.vectors.shape[0]} workers; gram is of {gram.matrix.shape[0]}")
     with backend(where).context(where):
-        return diagnosed(on_host(gram), on_host(spectrum))
+        return diagnose(to_host(gram), to_host(spectrum))
 
 
 def combine(
@@ -378,63 +302,130 @@ def combine(
     tau = checks.real(lr, "lr")
     beta = tau if lr_rest is None else checks.real(lr_rest, "lr_rest")
     first, second = arrays.pair(thetas, grads)
-    compute = compute_type(first.dtype, checks.choice(precision, "precision", (None, "float64")))
-    c = arrays.coefficients(coefficients, first)
+    compute = compute_type(first.dtype, check_precision(precision))
+    c = arrays.coefficient_vector(coefficients, first)
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
-        backend(first).combine(first, second, c, tau=tau, beta=beta, z=None, out=target.rows, compute=compute)
-        return target.export()
+        backend(first).combine_rows(first, second, c, tau=tau, beta=beta, z=None, out=target.rows, compute=compute)
+        return target.finish()
 
 
-def compute_type(dtype: str, precision: str | None) -> str:
-    """The type in which products of `dtype` values are formed."""
-    return "float64" if dtype == "float64" or precision == "float64" else "float32"
+class Source(Protocol):
+    """The rows of a step: where they come from, where the parts of K are added, and where θ_new goes."""
+
+    @property
+    def m(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+
+    def fused(self, products: str, sums: str) -> StepInfo | None:
+        """Take the step in one call of compiled code; None where there is none for it."""
+        ...
+
+    def gram(self, products: str) -> Gram | None:
+        """Form K and b, and what else the options ask for, with products in that type; None where others decide."""
+        ...
+
+    def decide(self, gram: Gram | None) -> StepInfo:
+        """Decide j, c, τ and β."""
+        ...
+
+    def combine(self, info: StepInfo, sums: str) -> None:
+        """Write θ_new, and in the record whether it is finite; nothing if K is not finite, unless NaN propagates."""
+        ...
+
+    def nonfinite_workers(self) -> list[int]:
+        """Return the workers whose parameters or gradients are not finite."""
+        ...
+
+    def without(self, workers: list[int]) -> "Source":
+        """Return the same without these workers."""
+        ...
 
 
-def step_rows(thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows) -> StepInfo:
-    """The step on checked input, written to `out`."""
-    side = backend(thetas)
-
-    def of_others(workers: np.ndarray) -> StepInfo:
-        return step_rows(thetas.only(workers), grads.only(workers), lr, options, out)
-
-    return settled(
-        options,
-        np.arange(thetas.m),
-        thetas,
-        lambda products, sums: side.attempt(thetas, grads, lr, options, out, products=products, sums=sums),
-        finish=lambda info: side.finish(thetas, grads, info, out, "float64"),
-        nonfinite_workers=lambda: side.nonfinite_workers(thetas, grads),
-        of_others=of_others,
-    )
-
-
-def settled(
-    options: Options,
-    workers: np.ndarray,
-    like: Rows,
-    attempt: Callable[[str, str], StepInfo],
-    *,
-    finish: Callable[[StepInfo], None],
-    nonfinite_workers: Callable[[], list[int]],
-    of_others: Callable[[np.ndarray], StepInfo],
-) -> StepInfo:
-    """The step of these workers that counts: attempts with products and sums in float64 where they overflow or
-    underflow in float32, a step of the others where some are not finite, averaged SGD or an error if nothing helps."""
-    products = sums = options.compute(like.dtype)
+def take_step(source: Source, options: Options) -> StepInfo:
+    """Take the step that counts: in float64 where products or sums leave the range of float32, without the workers
+    that are not finite, or averaged SGD."""
+    products = sums = options.compute(source.dtype)
     while True:
-        info = attempt(products, sums)
-        if options.accepts(info, products, workers.size, like.n):
+        info = source.fused(products, sums)
+        if info is None:
+            info = source.decide(source.gram(products))
+            source.combine(info, sums)
+        if options.accepts(info, products, source.m, source.n):
             return info
-        if info.is_sound:
+        if info.is_finite:  # but products may have underflowed
             products = "float64"
-            continue
-        if bad := nonfinite_workers():
-            if options.nonfinite == "propagate":
-                return info
-            if options.nonfinite == "raise" or len(bad) == workers.size:
-                raise NonFiniteError.of(bad)
-            return dataclasses.replace(of_others(np.setdiff1d(workers, bad)), dropped=tuple(bad))
-        if (products if info.status != GO else sums) == "float64":
-            return options.overflowed(info, finish)
-        products, sums = ("float64", sums) if info.status != GO else (products, "float64")
+        elif bad := source.nonfinite_workers():
+            return _drop(source, bad, info, options)
+        elif info.status != GO and products == "float32":
+            products = "float64"
+        elif info.status == GO and sums == "float32":
+            sums = "float64"
+        else:
+            return _fall_back(source, info, options)
+
+
+def _drop(source: Source, bad: list[int], info: StepInfo, options: Options) -> StepInfo:
+    if options.propagates:
+        return info
+    if options.nonfinite == "raise" or len(bad) == source.m:
+        raise NonFiniteError.of(bad)
+    return dataclasses.replace(take_step(source.without(bad), options), dropped=tuple(bad))
+
+
+def _fall_back(source: Source, info: StepInfo, options: Options) -> StepInfo:
+    """Take averaged SGD in place of a step that overflows in float64 too."""
+    if options.safeguards is None:
+        raise NonFiniteError.overflow()
+    info = info.fall_back(NONFINITE)
+    source.combine(info, "float64")
+    if not (options.propagates or info.is_finite):
+        raise NonFiniteError.overflow()
+    return info
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """Rows in the memory of this process; θ_new is written to `out`."""
+
+    thetas: Rows
+    grads: Rows
+    lr: float
+    options: Options
+    out: Rows
+
+    @property
+    def m(self) -> int:
+        return self.grads.m
+
+    @property
+    def n(self) -> int:
+        return self.grads.n
+
+    @property
+    def dtype(self) -> str:
+        return self.grads.dtype
+
+    def fused(self, products: str, sums: str) -> StepInfo | None:
+        side = backend(self.grads)
+        return side.fused(self.thetas, self.grads, self.lr, self.options, self.out, products=products, sums=sums)
+
+    def gram(self, products: str) -> Gram:
+        return backend(self.grads).step_gram(self.thetas, self.grads, self.options, products)
+
+    def decide(self, gram: Gram | None) -> StepInfo:
+        return backend(self.grads).decide(gram, self.lr, self.options)
+
+    def combine(self, info: StepInfo, sums: str) -> None:
+        if info.status == GO or self.options.propagates:
+            backend(self.grads).combine(self.thetas, self.grads, info, out=self.out, compute=sums)
+
+    def nonfinite_workers(self) -> list[int]:
+        return backend(self.grads).nonfinite_workers(self.thetas, self.grads)
+
+    def without(self, workers: list[int]) -> "LocalSource":
+        left = np.setdiff1d(np.arange(self.m), workers)
+        return dataclasses.replace(self, thetas=self.thetas.only(left), grads=self.grads.only(left))

@@ -23,14 +23,13 @@ import numpy as np
 from fastnewton import arrays, checks, decision
 from fastnewton.arrays import CPU, Output, Rows
 from fastnewton.backends import cpu
-from fastnewton.decision import Gram
-from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import combine as combine_kernel
 from fastnewton.kernels.cpu import gram as gram_kernel
 from fastnewton.kernels.cpu import spectrum as small
 from fastnewton.kernels.record import GO
-from fastnewton.method import LR_CAPS, NonFiniteError, Options, step_rows
-from fastnewton.results import StepInfo
+from fastnewton.method import LocalSource, NonFiniteError, take_step
+from fastnewton.options import Options
+from fastnewton.results import Gram, StepInfo
 
 MODES = ("sync", "async")
 DRIFT, FAR = 1e2, 1e8  # ‖ḡ − r‖² beside the mean ‖g_k − ḡ‖², from which r moves: once per m writes, or at once
@@ -80,10 +79,10 @@ class ParameterServer:
         lr_cap: str | None = None,
         max_staleness: int | None = None,
     ):
-        self._mode = checks.choice(mode, "mode", MODES)
-        self._lr = checks.real(lr, "lr")
-        self._options = Options.checked(cutoff, max_rank, lr_rest, checks.choice(lr_cap, "lr_cap", LR_CAPS), "raise")
-        self._max_staleness = checks.count(max_staleness, "max_staleness")
+        self._mode = arrays.choice(mode, "mode", MODES)
+        self._lr = arrays.real(lr, "lr")
+        self._options = Options.check(cutoff, max_rank, lr_rest, lr_cap)
+        self._max_staleness = arrays.count(max_staleness, "max_staleness")
         if self._mode == "async" and lr_cap == "curvature":
             raise ValueError("lr_cap must be None or 'sigma' with mode='async'; got 'curvature'")
         if self._mode == "sync" and max_staleness is not None:
@@ -209,7 +208,8 @@ class ParameterServer:
         if (np.delete(self._written, k) != version).any():
             return None
         target = arrays.output(None, self.like, ())
-        info = step_rows(*self._with(k, theta, grad), self._lr, self._options, target.rows)
+        source = LocalSource(*self._with(k, theta, grad), self._lr, self._options, target.rows)
+        info = take_step(source, self._options)
         return _Latest(target, version, info)
 
     def _single(self, k: int, theta: Rows, grad: Rows, version: int) -> _Latest:
@@ -219,8 +219,8 @@ class ParameterServer:
         target = arrays.output(None, self.like, ())
         info = decision.decide(self._gram.changed(k, present, grads, grad), self._lr, self._options)
         if info.status == GO:
-            cpu.finish(thetas, grads, info, target.rows, self._options.compute(self.like.dtype))
-        if not info.is_sound:
+            cpu.combine(thetas, grads, info, out=target.rows, compute=self._options.compute(self.like.dtype))
+        if not info.is_finite:
             raise NonFiniteError.of([k]) if arrays.nonfinite_workers(theta, grad) else NonFiniteError.overflow()
         return _Latest(target, version, info)
 
@@ -337,14 +337,14 @@ class RowwiseGram:
             to_mean = products.mean(axis=1)  # (g_i − r)ᵀ(ḡ − r)
             every[:m, :m], every[:m, m], every[m, :m] = products, to_mean + along, to_mean + along
             every[m, m] = max(0.0, to_mean.mean() + 2 * along.mean() + self._norm2)
-        return Gram(*small.projected(every, m, DTYPES[self._dtype].eps))
+        return Gram(*small.project(every, m, EPS[self._dtype]))
 
     def follow(self, present: np.ndarray, grads: Rows) -> None:
         """Take the change, and move r to ḡ where it has become too far from the rows."""
         self._products, self._along = self._pending
         self._since_rebuild += 1
         products = self._products[np.ix_(present, present)]
-        away, spread = products.mean(), small.centred(products).trace() / present.size
+        away, spread = products.mean(), small.centre(products).trace() / present.size
         due = away > (DRIFT if self._since_rebuild >= self._along.size else FAR) * spread
         if due and spread > 0:
             self._rebuild(present, grads.only(present))

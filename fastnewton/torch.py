@@ -13,9 +13,9 @@ try:
 except ImportError as error:
     raise ImportError("fastnewton.torch needs PyTorch: pip install 'fastnewton[train]'") from error
 
-from fastnewton import checks
-from fastnewton.dtypes import DTYPES
-from fastnewton.method import EXCHANGES, NonFiniteError, Options
+from fastnewton import arrays
+from fastnewton.method import NonFiniteError
+from fastnewton.options import EXCHANGES, Options
 from fastnewton.safeguards import Safeguards
 
 _GUARDED = Safeguards()  # stands for one of the optimizer's own, which counts for it alone
@@ -101,7 +101,7 @@ class DistNewton(torch.optim.Optimizer):
         checks.choice(exchange, "exchange", EXCHANGES)
         self.local_steps = _checked_local_steps(local_steps, self.spread)
         self.safeguards = Safeguards() if safeguards is _GUARDED else safeguards
-        self._options = Options.checked(cutoff, None, lr_rest, None, nonfinite, self.safeguards)
+        self._options = Options.check(cutoff, None, lr_rest, None, nonfinite, None, self.safeguards)
         self._slots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # parameters, and both views
         self._theta = self._grad = self._center = self._agreed = None
         self._count, self._seed = 0, torch.initial_seed() % 2**64

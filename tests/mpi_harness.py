@@ -52,7 +52,7 @@ def raw(array):
 
 def fields(info):
     """What a StepInfo holds, numbers as bytes: NaN equals itself."""
-    told = info.diagnostics and info.diagnostics.packed(info.coefficients.size).tobytes()
+    told = info.diagnostics and info.diagnostics.pack(info.coefficients.size).tobytes()
     return {"record": info.read().tobytes(), "dropped": info.dropped, "diagnostics": told}
 
 

@@ -11,13 +11,12 @@ import numpy as np
 
 from fastnewton import decision
 from fastnewton.arrays import Rows
-from fastnewton.arrays.cuda import context
-from fastnewton.decision import Gram, Spectrum
+from fastnewton.decision import decide
 from fastnewton.kernels.cpu.gram import RawGram
 from fastnewton.kernels.cpu.tree import BLOCK, blocks  # noqa: F401  (the same blocks on both sides)
 from fastnewton.kernels.cuda import launch as cuda
 from fastnewton.kernels.record import GO, HEADER, NOT_CONVERGED, RESULT
-from fastnewton.results import StepInfo, size_of, weights_of
+from fastnewton.results import Gram, Spectrum, StepInfo, record_size, to_host, weights_of
 
 
 class Record(NamedTuple):
@@ -101,7 +100,7 @@ def _large_gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, 
         raw = raw._replace(of_thetas=cuda.large_gram(thetas, None, compute="float64").get())
     if thetas is not None and cross:
         raw = raw._replace(cross=cuda.large_cross(thetas, grads).get())
-    return decision.projected(raw, grads.dtype)
+    return decision.project(raw, grads.dtype)
 
 
 def _on_device(found: Gram) -> Gram:
@@ -119,7 +118,7 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     cupy = cuda.cupy()
     m = gram.projection.size
     if m <= cuda.LIMIT:
-        record, vectors = cupy.empty(size_of(m)), cupy.empty((m, m))
+        record, vectors = cupy.empty(record_size(m)), cupy.empty((m, m))
         cuda.spectrum(
             gram, cutoff=cutoff, max_rank=max_rank, lr=0.0, lr_rest=None, lr_cap=None, record=record, vectors=vectors
         )
@@ -127,46 +126,40 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
         if info.status != NOT_CONVERGED:
             sigma, c = record[HEADER : HEADER + m], weights_of(record)[m:]
             return Spectrum(sigma, vectors, info.rank, c, info.captured)
-    found = decision.spectrum(decision.on_host(gram), cutoff, max_rank, _eigh)
+    found = decision.spectrum(to_host(gram), cutoff, max_rank)
     put = cupy.asarray
     return Spectrum(put(found.singular_values), put(found.vectors), found.rank, put(found.coefficients), found.captured)
 
 
-def _eigh(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    squares, vectors = cuda.cupy().linalg.eigh(cuda.cupy().asarray(matrix))
-    return squares.get(), vectors.get()
-
-
-def combine(
+def combine_rows(
     thetas: Rows, grads: Rows, coefficients: Any, *, tau: float, beta: float, z: Rows | None, out: Rows, compute: str
 ) -> None:
     """θ̄ − τΘc − β(ḡ − Gc), or z + (Θ − G)c, written to `out`."""
     cuda.combine(thetas, grads, coefficients, tau=tau, beta=beta, z=z, out=out, compute=compute)
 
 
-# -- step ---------------------------------------------------------------------------------------------------
+# -- step -----------------------------------------------------------------------------------------------------------
 
 
-def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, products: str, sums: str) -> StepInfo:
-    """A step with products and sums in those types; unless NaN is to propagate, only a finite K is acted upon."""
+def fused(
+    thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, products: str, sums: str
+) -> StepInfo | None:
+    """Enqueue a whole step of up to 64 workers without safeguards; None for any other."""
     cupy = cuda.cupy()
-    m, guarded = grads.m, options.nonfinite != "propagate"
-    measured = thetas if options.lr_cap == "curvature" else None
-    if options.safeguards is not None:
-        return _decided_on_host(decision.on_host(_joint_gram(thetas, grads)), thetas, grads, lr, options, out, sums)
-    if m > cuda.LIMIT:
-        found = _large_gram(grads, None, measured, products, cross=False)
-        return _decided_on_host(found, thetas, grads, lr, options, out, sums)
+    m, guarded = grads.m, not options.propagates
+    if options.safeguards is not None or m > cuda.LIMIT:
+        return None
     of_grads, of_thetas = (_products(cuda.workspace(name, _size(m)), m) for name in ("grads", "thetas"))
-    found = _measured(of_grads, of_thetas, grads, None, measured, products)
-    record = cupy.empty(size_of(m))
+    measured = thetas if options.lr_cap == "curvature" else None
+    gram = _measured(of_grads, of_thetas, grads, None, measured, products)
+    record = cupy.empty(record_size(m))
     settings = {
         "cutoff": options.cutoff,
         "max_rank": options.max_rank,
         "lr_rest": options.lr_rest,
         "lr_cap": options.lr_cap,
     }
-    cuda.spectrum(found, lr=lr, record=record, **settings)
+    cuda.spectrum(gram, lr=lr, record=record, **settings)
     cuda.combine(thetas, grads, weights_of(record), out=out, compute=sums, record=record, guarded=guarded)
     if cupy.cuda.get_current_stream().is_capturing():
         cuda.keep(record)
@@ -175,21 +168,21 @@ def attempt(thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, pr
         return StepInfo(Record(record, grads._replace(owner=stream)))
     info = StepInfo(record.get())
     if info.status == NOT_CONVERGED:
-        return _decided_on_host(decision.on_host(found), thetas, grads, lr, options, out, sums)
+        info = decide(to_host(gram), lr, options)
+        if info.status == GO:
+            combine(thetas, grads, info, out=out, compute=sums)
     return info
 
 
-def _decided_on_host(
-    found: Gram, thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, compute: str
-) -> StepInfo:
-    info = decision.decide(found, lr, options, _eigh)
-    if info.status == GO or options.nonfinite == "propagate":
-        finish(thetas, grads, info, out, compute)
-    return info
+def step_gram(thetas: Rows, grads: Rows, options: Any, compute: str) -> Gram:
+    """Form the Gram that a step with these options is decided from, on the host."""
+    if options.safeguards is not None:
+        return to_host(_joint_gram(thetas, grads))
+    return _large_gram(grads, None, thetas if options.reads_thetas else None, compute, cross=False)
 
 
-def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str) -> None:
-    """Write θ_new to `out`, and in the record whether it is finite; waits."""
+def combine(thetas: Rows, grads: Rows, info: StepInfo, *, out: Rows, compute: str) -> None:
+    """Write θ_new of a decided step to `out`, and in the record whether it is finite; waits."""
     record = cuda.cupy().asarray(info.record)
     cuda.combine(thetas, grads, weights_of(record), out=out, compute=compute, record=record)
     info.record[RESULT] = record.get()[RESULT]
@@ -227,7 +220,7 @@ def parts(grads: Rows, thetas: Rows | None, options: Any, compute: str, first: i
         return np.empty((0, part_size(grads.m, options)))
     start = first * BLOCK
     own = [rows and rows.part(start, min(last * BLOCK, rows.n) - start) for rows in (grads, thetas)]
-    found = decision.on_host(_part_of_gram(*own, options, compute))
+    found = to_host(_part_of_gram(*own, options, compute))
     values = [*found.matrix.ravel(), *found.projection, found.norm2, found.floor**2]
     if thetas is not None:
         values += [*found.theta_matrix.ravel(), *np.zeros(grads.m + 1), found.theta_floor**2]

@@ -15,15 +15,15 @@ from mpi4py import MPI
 from fastnewton import arrays, checks, decision
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.diagnostics import Diagnostics, packed_size
 from fastnewton.environment import foreign_launcher
 from fastnewton.kernels.cpu import threads
 from fastnewton.kernels.record import GO, STATUS
-from fastnewton.method import EXCHANGES, Options, settled
+from fastnewton.method import take_step
 from fastnewton.mpi.errors import attempt, raise_first
 from fastnewton.mpi.exchanges import AllgatherExchange, ShardedExchange, block_bounds
 from fastnewton.mpi.segments import Lengths, Segment
-from fastnewton.results import StepInfo, size_of
+from fastnewton.options import EXCHANGES, Options
+from fastnewton.results import Diagnostics, Gram, StepInfo, packed_size, record_size
 from fastnewton.safeguards import Safeguards
 
 SHARDED_FROM = 1 << 18  # bytes of a gradient; measured: equal at 160 KiB with 4 ranks of one node, 800 KiB with 2
@@ -86,9 +86,9 @@ class DistNewton:
         self.traffic: dict[str, tuple[int, int]] = {}
 
         def settle() -> tuple[float, Options, int | None]:
-            checks.choice(exchange, "exchange", EXCHANGES)
-            options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
-            return checks.real(lr, "lr"), options, threads.chosen_threads()
+            arrays.choice(exchange, "exchange", EXCHANGES)
+            options = Options.check(cutoff, max_rank, lr_rest, lr_cap, nonfinite, None, safeguards)
+            return arrays.real(lr, "lr"), options, threads.chosen_threads()
 
         settled, problem = attempt(settle)
         try:
@@ -255,46 +255,21 @@ class DistNewton:
             sending, failure = attempt(lambda: self._exchange.outgoing(*given))
             problem = problem or failure
             self._exchange.start(sending, like)
-            info = self._options.counted(self._round(np.arange(self._comm.size), lengths, target, like, problem))
-            return target.export(), info
+            workers = np.arange(self._comm.size)
+            info = take_step(_Round(self, workers, lengths, target, like, problem), self._options)
+            return target.finish(), info
 
-    def _round(self, workers: np.ndarray, lengths: Lengths, target: Any, like: Rows, problem: Any) -> StepInfo:
-        """The step of these workers; collective."""
-
-        def finish(info: StepInfo, compute: str = "float64") -> None:
-            self._exchange.finish(workers, info, target.rows, compute, lengths)
-
-        def attempted(products: str, sums: str) -> StepInfo:
-            info = self._decide(workers, lengths, products, like, problem)
-            if info.status == GO or self._options.nonfinite == "propagate":
-                finish(info, sums)
-            return info
-
-        return settled(
-            self._options,
-            workers,
-            like,
-            attempted,
-            finish=finish,
-            nonfinite_workers=lambda: self._exchange.nonfinite_workers(workers, like),
-            of_others=lambda others: self._round(others, lengths, target, like, None),
-        )
-
-    def _decide(
-        self, workers: np.ndarray, lengths: Lengths, compute: str, like: Rows, problem: Exception | None
-    ) -> StepInfo:
-        """Rank 0's decision from the parts of all ranks."""
-        size, guarded = size_of(workers.size), self._options.safeguards is not None
-        total, problem = self._summed(workers, compute, like, lengths.digest, problem)
+    def _decide(self, workers: np.ndarray, lengths: Lengths, gram: Gram | None, problem: Exception | None) -> StepInfo:
+        """Rank 0's decision, on all ranks."""
+        size, guarded = record_size(workers.size), self._options.safeguards is not None
 
         def decided() -> np.ndarray:
-            gram = backend(like).total(*total, workers.size, like.dtype, self._options)
             options = dataclasses.replace(self._options, lr_rest=lengths.lr_rest)
             info = decision.decide(gram, lengths.lr, options)
-            return np.concatenate([info.record, info.diagnostics.packed(workers.size)]) if guarded else info.record
+            return np.concatenate([info.record, info.diagnostics.pack(workers.size)]) if guarded else info.record
 
         verdict = None
-        if total is not None:
+        if gram is not None:
             verdict, problem = attempt(decided)
         if verdict is None:  # here a rank has failed, or this is not rank 0
             verdict = np.full(size + guarded * packed_size(workers.size), float(_FAILED))
@@ -302,7 +277,7 @@ class DistNewton:
         self._count("Bcast", verdict.nbytes * (self._comm.size - 1) * (self._comm.rank == 0))
         if verdict[STATUS] == _FAILED:
             raise_first(self._comm, problem)
-        return StepInfo(verdict[:size], tell=partial(Diagnostics.unpacked, verdict[size:]) if guarded else None)
+        return StepInfo(verdict[:size], diagnose=partial(Diagnostics.unpack, verdict[size:]) if guarded else None)
 
     def _summed(
         self, workers: np.ndarray, compute: str, like: Rows, agreed: float, problem: Exception | None
@@ -338,6 +313,42 @@ class DistNewton:
             return None, problem
         parts = np.concatenate([piece[1:] for piece in pieces]).reshape(-1, width)
         return (np.array([*itertools.chain(*places)], np.int64).reshape(-1, 2), parts), problem
+
+
+class _Round:
+    """One step of these workers as `take_step` sees it; every method is collective."""
+
+    def __init__(
+        self, newton: DistNewton, workers: np.ndarray, lengths: Lengths, target: Any, like: Rows, problem: Any
+    ):
+        self._newton, self._workers, self._lengths, self._target = newton, workers, lengths, target
+        self._like, self._problem = like, problem
+        self.m, self.n, self.dtype = workers.size, like.n, like.dtype
+
+    def fused(self, products: str, sums: str) -> None:
+        return None
+
+    def gram(self, products: str) -> Gram | None:
+        newton, like = self._newton, self._like
+        total, self._problem = newton._summed(self._workers, products, like, self._lengths.digest, self._problem)
+        if total is None:
+            return None
+        gram, self._problem = attempt(lambda: backend(like).total(*total, self.m, self.dtype, newton._options))
+        return gram
+
+    def decide(self, gram: Gram | None) -> StepInfo:
+        return self._newton._decide(self._workers, self._lengths, gram, self._problem)
+
+    def combine(self, info: StepInfo, sums: str) -> None:
+        if info.status == GO or self._newton._options.propagates:
+            self._newton._exchange.finish(self._workers, info, self._target.rows, sums, self._lengths)
+
+    def nonfinite_workers(self) -> list[int]:
+        return self._newton._exchange.nonfinite_workers(self._workers, self._like)
+
+    def without(self, workers: list[int]) -> "_Round":
+        left = np.setdiff1d(self._workers, workers)
+        return _Round(self._newton, left, self._lengths, self._target, self._like, None)
 
 
 def _share_of_cores(comm: MPI.Intracomm) -> int:

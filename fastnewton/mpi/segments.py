@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from fastnewton import checks
 from fastnewton.arrays import Rows
 from fastnewton.backends import backend
-from fastnewton.results import LR, LR_REST, RESULT, StepInfo
+from fastnewton.kernels.record import LR, LR_REST, RESULT
+from fastnewton.results import StepInfo
 
 
 class Segment(NamedTuple):
@@ -73,11 +74,12 @@ class Lengths:
 def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str, lengths: Lengths, start: int) -> None:
     """Write these coordinates of θ_new, from `start` on, to `out`, and in the record whether they are finite."""
     if not lengths.segments:
-        backend(out).finish(thetas, grads, info, out, compute)
+        backend(out).combine(thetas, grads, info, out=out, compute=compute)
         return
     info.record[RESULT] = 0
     for at, count, tau, beta in lengths.within(info, start, out.n):
         own = dataclasses.replace(info, record=info.record.copy())
         own.record[LR], own.record[LR_REST] = tau, beta
-        backend(out).finish(thetas.part(at, count), grads.part(at, count), own, out.part(at, count), compute)
+        rows = thetas.part(at, count), grads.part(at, count)
+        backend(out).combine(*rows, own, out=out.part(at, count), compute=compute)
         info.record[RESULT] = max(info.record[RESULT], own.record[RESULT])

@@ -11,7 +11,7 @@ from problems import DTYPES, workers
 
 import fastnewton as fn
 from fastnewton.kernels.cuda import launch as cuda
-from fastnewton.results import size_of
+from fastnewton.results import record_size
 
 from . import device
 from .checks import there
@@ -203,7 +203,7 @@ def test_propagate_never_waits_and_can_be_captured(problem, lr_cap):
     with device.capture() as happened:
         _, info = fn.step(*problem, **settings)
     assert (out.host == wanted).all()
-    assert sum(int(np.prod(shape)) for what, shape, *_ in happened if what == "allocate") <= size_of(3)
+    assert sum(int(np.prod(shape)) for what, shape, *_ in happened if what == "allocate") <= record_size(3)
     assert {entry[0] for entry in happened} == {"allocate", "launch"}
     assert info.rank == fn.step(*problem, lr=0.5, lr_cap=lr_cap)[1].rank
 
@@ -216,7 +216,7 @@ def test_a_step_that_is_checked_waits_once(rng, recorded, m, settings):
     recorded.clear()
     fn.step(*problem, lr=0.5, out=out, **settings)
     assert [entry[0] for entry in recorded if entry[0] not in ("launch", "allocate")] == ["get"]
-    assert sum(int(np.prod(shape)) for what, shape, *_ in recorded if what == "allocate") <= size_of(m)
+    assert sum(int(np.prod(shape)) for what, shape, *_ in recorded if what == "allocate") <= record_size(m)
     with pytest.raises(device.CaptureError), device.capture():
         fn.step(*problem, lr=0.5, out=out, **settings)
 

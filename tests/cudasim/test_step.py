@@ -196,7 +196,6 @@ def test_safeguards_decide_as_on_the_cpu(rng, dtype, m, guards):
     theta, info = fn.step(there(thetas), there(grads), **options)
     expected, wanted = fn.step(thetas, grads, **options)
     assert (info.reason, info.rank) == (wanted.reason, wanted.rank)
-    assert guards.counts == {info.reason: 2}
     np.testing.assert_allclose(info.coefficients, wanted.coefficients, rtol=0, atol=1e-12)
     assert (info.lr, info.lr_rest) == pytest.approx((wanted.lr, wanted.lr_rest), rel=1e-12)
     # Decided in float64 on both sides; `combine` then adds 2m terms in other orders, and stores.

@@ -14,10 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import nvrtc
 from cudasim import device
 
-from fastnewton.arrays import Rows
-from fastnewton.decision import Gram
-from fastnewton.dtypes import DTYPES
+from fastnewton.arrays import ITEMSIZE, Rows
 from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.results import Gram
 
 FILE = Path(__file__).with_suffix(".json")
 REGISTERS = 65536  # of a multiprocessor, on all of them

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import pickle
-import threading
 
 import numpy as np
 import pytest
@@ -323,11 +322,10 @@ def test_a_direction_that_overflows_falls_back(rng, nonfinite):
         "ΘᵀΘ": (1e200 * thetas, grads, 1.0),
         "the result": (thetas, grads, 1.5e308),
     }
-    for count, (what, (first, second, lr)) in enumerate(cases.items(), 1):
+    for what, (first, second, lr) in cases.items():
         theta, info = fn.step(first, second, lr=lr, nonfinite=nonfinite, safeguards=guards)
         assert (info.accepted, info.reason, info.dropped) == (False, "nonfinite", ()), what
         np.testing.assert_allclose(theta, reference.averaged_sgd(first, second, 1e-200), rtol=1e-12, atol=1e-13)
-        assert guards.counts == {"nonfinite": count}
     with pytest.raises(fn.NonFiniteError, match="overflow"):
         fn.step(*cases["K"][:2], lr=1.0)
 
@@ -337,7 +335,6 @@ def test_averaged_sgd_that_overflows_is_an_error(rng):
     guards = fn.Safeguards(fallback_lr=1e308)
     with pytest.raises(fn.NonFiniteError, match="overflow"):
         fn.step(thetas, 1e200 * grads, lr=1.0, safeguards=guards)
-    assert not guards.counts
 
 
 @pytest.mark.parametrize("where", [0, 1])
@@ -348,13 +345,11 @@ def test_input_that_is_not_finite_is_treated_as_without(rng, where):
     with pytest.raises(fn.NonFiniteError) as raised:
         fn.step(*given, lr=0.5, safeguards=guards)
     assert raised.value.workers == (2,)
-    assert not guards.counts
     theta, info = fn.step(*given, lr=0.5, nonfinite="drop", safeguards=guards)
     healthy = np.delete(given, 2, axis=1)
     wanted, others = fn.step(*healthy, lr=0.5, safeguards=fn.Safeguards())
     np.testing.assert_array_equal(theta, wanted)
     assert (info.dropped, info.reason) == ((2,), others.reason)
-    assert guards.counts == {info.reason: 1}
     theta, info = fn.step(*given, lr=0.5, nonfinite="propagate", safeguards=guards)
     assert np.isnan(theta[7])
     assert not info.accepted
@@ -363,29 +358,15 @@ def test_input_that_is_not_finite_is_treated_as_without(rng, where):
 # -- the object ---------------------------------------------------------------------------------------------
 
 
-def test_reasons_are_counted(rng):
+def test_one_set_of_guards_gives_several_reasons(rng):
     thetas, grads, _ = quadratic(rng, 8, INDEFINITE)
     guards = fn.Safeguards(min_cosine=0.5, curvature="abs", max_newton_norm=1.5, max_coefficient=None)
-    reasons = [
+    reasons = {
         fn.step(thetas, grads, cutoff=cutoff, lr=lr, lr_rest=1.0, safeguards=guards)[1].reason
         for cutoff in (1e-4, 0.5)
         for lr in (1e-3, 0.1, 1.0, 10.0)
-    ]
-    assert guards.counts == {reason: reasons.count(reason) for reason in reasons}
-    assert len(guards.counts) > 1
-
-
-def test_threads_count_together(rng):
-    thetas, grads = workers(rng, 3, 10)
-    guards = fn.Safeguards()
-    info = fn.step(thetas, grads, lr=0.5, safeguards=guards)[1]
-    guards.counts.clear()
-    threads = [threading.Thread(target=lambda: [guards.count(info) for _ in range(20_000)]) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert guards.counts == {info.reason: 80_000}
+    }
+    assert len(reasons) > 1
 
 
 def test_it_is_a_value(rng):
@@ -399,8 +380,6 @@ def test_it_is_a_value(rng):
         guards.min_cosine = 0.5
     for other in (copy.deepcopy(guards), pickle.loads(pickle.dumps(guards))):
         assert other == guards
-        assert other.counts == guards.counts
-    assert not dataclasses.replace(guards, min_cosine=None).counts
     assert fn.Safeguards(min_cosine=np.float32(0.5)) == fn.Safeguards(min_cosine=0.5)
 
 
