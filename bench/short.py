@@ -95,12 +95,12 @@ def _limited(count: int, step: Callable[[], object]) -> None:
 
 def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
     options, gram = Options.check(), fn.gram(grads)
-    dtype, *plain, _ = arrays.plain(thetas, grads, out, M)
+    dtype, *plain, _ = arrays.view_plain(thetas, grads, out, M)
     arguments = *plain, np.empty(record_size(M)), decision.pack_settings(M, 1.0, options)
     named = {"eps": DTYPES[dtype].eps, "guarded": True, "dtype": dtype, "compute": dtype}
     tasks: dict[str, Callable[[], object]] = {
         "the whole step": lambda: fn.step(thetas, grads, lr=1.0, out=out),
-        "arrays looked at": lambda: arrays.plain(thetas, grads, out, M),
+        "arrays looked at": lambda: arrays.view_plain(thetas, grads, out, M),
         "settings checked": lambda: (checks.real(1.0, "lr"), Options.check()),
         "gram, spectrum, combine": lambda: step_kernel.step_of_arrays(*arguments, **named),
         "of it the eigenproblem": lambda: decision.spectrum(gram, 0.1, None),

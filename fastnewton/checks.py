@@ -55,7 +55,7 @@ def choice(value: Any, name: str, allowed: tuple[Choice, ...]) -> Choice:
     if value not in allowed:
         kind = TypeError if value is None else ValueError
         raise kind(f"{name} must be {_listed(allowed)}; got {value!r}")
-    return value
+    return allowed[allowed.index(value)]
 
 
 def _listed(allowed: tuple[str | None, ...]) -> str:

@@ -129,7 +129,7 @@ def step(
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
         info = take_step(LocalSource(first, second, lr, options, target.rows), options)
-        return target.finish(), info
+        return target.export(), info
 
 
 def apply_inverse(
@@ -165,7 +165,7 @@ def apply_inverse(
         spectrum = side.spectrum(side.gram(second, vector, None, compute), options.cutoff, options.max_rank)
         c = spectrum.coefficients
         side.combine_rows(first, second, c, tau=1.0, beta=1.0, z=vector, out=target.rows, compute=compute)
-        return target.finish()
+        return target.export()
 
 
 def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None = None) -> Gram:
@@ -303,11 +303,11 @@ def combine(
     beta = tau if lr_rest is None else checks.real(lr_rest, "lr_rest")
     first, second = arrays.pair(thetas, grads)
     compute = compute_type(first.dtype, check_precision(precision))
-    c = arrays.coefficient_vector(coefficients, first)
+    c = arrays.coefficients(coefficients, first)
     with backend(first).context(first, second):
         target = arrays.output(out, first, (first, second))
         backend(first).combine_rows(first, second, c, tau=tau, beta=beta, z=None, out=target.rows, compute=compute)
-        return target.finish()
+        return target.export()
 
 
 class Source(Protocol):

@@ -79,10 +79,10 @@ class ParameterServer:
         lr_cap: str | None = None,
         max_staleness: int | None = None,
     ):
-        self._mode = arrays.choice(mode, "mode", MODES)
-        self._lr = arrays.real(lr, "lr")
+        self._mode = checks.choice(mode, "mode", MODES)
+        self._lr = checks.real(lr, "lr")
         self._options = Options.check(cutoff, max_rank, lr_rest, lr_cap)
-        self._max_staleness = arrays.count(max_staleness, "max_staleness")
+        self._max_staleness = checks.count(max_staleness, "max_staleness")
         if self._mode == "async" and lr_cap == "curvature":
             raise ValueError("lr_cap must be None or 'sigma' with mode='async'; got 'curvature'")
         if self._mode == "sync" and max_staleness is not None:
@@ -337,7 +337,7 @@ class RowwiseGram:
             to_mean = products.mean(axis=1)  # (g_i − r)ᵀ(ḡ − r)
             every[:m, :m], every[:m, m], every[m, :m] = products, to_mean + along, to_mean + along
             every[m, m] = max(0.0, to_mean.mean() + 2 * along.mean() + self._norm2)
-        return Gram(*small.project(every, m, EPS[self._dtype]))
+        return Gram(*small.project(every, m, DTYPES[self._dtype].eps))
 
     def follow(self, present: np.ndarray, grads: Rows) -> None:
         """Take the change, and move r to ḡ where it has become too far from the rows."""

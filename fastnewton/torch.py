@@ -13,7 +13,8 @@ try:
 except ImportError as error:
     raise ImportError("fastnewton.torch needs PyTorch: pip install 'fastnewton[train]'") from error
 
-from fastnewton import arrays
+from fastnewton import checks
+from fastnewton.dtypes import DTYPES
 from fastnewton.method import NonFiniteError
 from fastnewton.options import EXCHANGES, Options
 from fastnewton.safeguards import Safeguards

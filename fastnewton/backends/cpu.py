@@ -71,7 +71,7 @@ def fused(
 def short_step(thetas: Any, grads: Any, lr: float, options: Options, out: Any) -> tuple[Any, StepInfo] | None:
     """Take a step of few workers whose arrays are plain and in order, and in which nothing comes up; None for any
     other."""
-    plain = None if options.reads_thetas else arrays.plain(thetas, grads, out, SHORT_LIMIT)
+    plain = None if options.reads_thetas else arrays.view_plain(thetas, grads, out, SHORT_LIMIT)
     if plain is None:
         return None
     dtype, first, second, target, result = plain

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastnewton import decision
 from fastnewton.arrays import Rows
+from fastnewton.arrays.cuda import context
 from fastnewton.decision import decide
 from fastnewton.kernels.cpu.gram import RawGram
 from fastnewton.kernels.cpu.tree import BLOCK, blocks  # noqa: F401  (the same blocks on both sides)

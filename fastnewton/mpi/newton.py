@@ -86,9 +86,9 @@ class DistNewton:
         self.traffic: dict[str, tuple[int, int]] = {}
 
         def settle() -> tuple[float, Options, int | None]:
-            arrays.choice(exchange, "exchange", EXCHANGES)
+            checks.choice(exchange, "exchange", EXCHANGES)
             options = Options.check(cutoff, max_rank, lr_rest, lr_cap, nonfinite, None, safeguards)
-            return arrays.real(lr, "lr"), options, threads.chosen_threads()
+            return checks.real(lr, "lr"), options, threads.chosen_threads()
 
         settled, problem = attempt(settle)
         try:
@@ -257,7 +257,7 @@ class DistNewton:
             self._exchange.start(sending, like)
             workers = np.arange(self._comm.size)
             info = take_step(_Round(self, workers, lengths, target, like, problem), self._options)
-            return target.finish(), info
+            return target.export(), info
 
     def _decide(self, workers: np.ndarray, lengths: Lengths, gram: Gram | None, problem: Exception | None) -> StepInfo:
         """Rank 0's decision, on all ranks."""

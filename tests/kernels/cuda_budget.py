@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import nvrtc
 from cudasim import device
 
-from fastnewton.arrays import ITEMSIZE, Rows
+from fastnewton.arrays import Rows
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cuda import launch as cuda
 from fastnewton.results import Gram
 
