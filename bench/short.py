@@ -58,7 +58,7 @@ def measure(rounds: int) -> dict:
         for name, convert in libraries.items()
     }
     with tempfile.TemporaryDirectory() as empty:
-        cold, _ = _start(NUMBA_CACHE_DIR=empty)
+        cold, _ = _start(FASTNEWTON_CACHE_DIR=empty)
     return {"parts": parts, "threads": _threads(rounds), "start": np.median(starts()[0], axis=0).tolist(), "cold": cold}
 
 

@@ -107,9 +107,9 @@ def _gpu_buffers() -> str:
 
 
 def _cache() -> str:
-    from fastnewton.kernels.cpu.jit import cache_folder
+    from fastnewton.kernels.cpu.jit import CACHE_FOLDER
 
-    return cache_folder() or "none, since no folder can be written: every process compiles"
+    return str(CACHE_FOLDER or "none, since no folder can be written: every process compiles")
 
 
 _SECTIONS = {
