@@ -7,12 +7,10 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import cache
+from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-
-import numba
 
 try:
     import fcntl
@@ -25,15 +23,16 @@ _LOCK = "fastnewton.lock"
 _COMPILED_FROM = ("kernels", "dtypes.py", "dtypes.pyc")  # Numba itself looks at one function's file only
 
 
-@cache
-def cache_folder(target: str) -> Path | None:
-    """Make the folder for code compiled from these sources for `target`; None where no folder can be written."""
+def cache_folder(compiler: str, target: str, default: str = "") -> Path | None:
+    """Make the folder for code that `compiler` makes of these sources for `target`; None where none can be written.
+
+    It is in FASTNEWTON_CACHE_DIR, else in `default`, else in the user's folder, else in the temporary one."""
     digest = hashlib.sha256(target.encode())
     sources = [source for name in _COMPILED_FROM for source in _sources(files("fastnewton") / name)]
     for source in sources:
         digest.update(source)
-    name = f"kernels-{sys.implementation.cache_tag}-numba{numba.__version__}-{digest.hexdigest()[:16]}"
-    for root in (_user_folder, _private_folder) if sources else ():
+    name = f"kernels-{sys.implementation.cache_tag}-{compiler}-{digest.hexdigest()[:16]}"
+    for root in (partial(_user_folder, default), _private_folder) if sources else ():
         with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home
             folder = root() / name
             is_new = not folder.exists()
@@ -70,9 +69,9 @@ def _sources(item: Traversable) -> Iterator[bytes]:
         yield item.read_bytes()
 
 
-def _user_folder() -> Path:
-    """Choose FASTNEWTON_CACHE_DIR, Numba's NUMBA_CACHE_DIR, or the platform's folder for this user's caches."""
-    if chosen := os.environ.get(FOLDER) or numba.config.CACHE_DIR:
+def _user_folder(default: str) -> Path:
+    """Choose the folder that the user asks for, or the platform's for caches."""
+    if chosen := os.environ.get(FOLDER) or default:
         return Path(chosen).expanduser().absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "fastnewton"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numba
 from numba import types
-from numba.core import caching, event, registry
+from numba.core import caching, config, event, registry
 
 from fastnewton.kernels.cpu.cache import cache_folder, one_process_at_a_time
 
@@ -19,8 +19,13 @@ FLOATS = types.Array(types.float64, 1, "C")
 INTS = types.Array(types.int64, 1, "C")
 FLOATS_2D, INTS_2D = types.Array(types.float64, 2, "C"), types.Array(types.int64, 2, "C")
 
-# Named after the CPU that Numba compiles for, which may be less than this one.
-CACHE_FOLDER = cache_folder(" ".join(registry.cpu_target.target_context.codegen().magic_tuple()))
+_settings: Any = config  # its names are made at run time
+_target: Any = registry.cpu_target.target_context
+_CPU = (
+    _target.codegen().magic_tuple()
+)  # triple, name and features that Numba compiles for: less than the host has, perhaps
+CPU_FEATURES = frozenset(flag[1:] for flag in _CPU[2].split(",") if flag.startswith("+"))
+CACHE_FOLDER = cache_folder(f"numba{numba.__version__}", "".join(_CPU), _settings.CACHE_DIR)
 
 _in_process = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child forked while another thread compiles would find Numba's own lock taken
@@ -31,7 +36,7 @@ if hasattr(os, "register_at_fork"):  # a child forked while another thread compi
 
 def jit(function: Callable) -> Any:
     """Compile `function` by numba.njit(nogil=True), and keep the machine code of kernels in the cache folder."""
-    dispatcher = numba.njit(nogil=True)(function)
+    dispatcher: Any = numba.njit(nogil=True)(function)
     has_compiler = dispatcher is not function  # else `_compiled` asks for it
     # The folder's name has the digest of the package's own sources only.
     if has_compiler and CACHE_FOLDER and function.__module__.startswith("fastnewton."):
@@ -39,7 +44,10 @@ def jit(function: Callable) -> Any:
     return dispatcher
 
 
-class _Locator(caching._CacheLocator):
+_CacheLocator: Any = caching._CacheLocator
+
+
+class _Locator(_CacheLocator):
     """Tells Numba where compiled code is; one folder holds one build, so nothing in it is ever out of date."""
 
     def __init__(self, function: Callable):
@@ -71,21 +79,21 @@ class _KernelCache(caching.FunctionCache):
             super().save_overload(sig, data)
 
 
-def entry(function: Callable, *arguments: types.Type) -> Callable:
+def entry(function: Any, *arguments: types.Type) -> Callable:
     """The machine code of `function` for typed arguments, made when it is first called; it checks nothing."""
     compiled = cache(lambda: _compiled(function, arguments).entry_point)
     return lambda *given: compiled()(*given)
 
 
-def kernel(function: Callable, *literals: str | int) -> int:
+def kernel(function: Any, *literals: str | int) -> int:
     """The address of the machine code of `function(job, *literals)`, for `threads.shared` to call."""
     with _in_process:  # LLVM's own lock must not be held when another thread forks
         found = _compiled(function, (INT, *map(types.literal, literals)))
         return found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
 
 
-def _compiled(function: Callable, signature: tuple[types.Type, ...]) -> Any:
-    if numba.config.DISABLE_JIT:
+def _compiled(function: Any, signature: tuple[types.Type, ...]) -> Any:
+    if _settings.DISABLE_JIT:
         raise RuntimeError("fastnewton's kernels need Numba's compiler: unset NUMBA_DISABLE_JIT")
     with _in_process, one_process_at_a_time(CACHE_FOLDER):
         function.compile(signature)
@@ -104,11 +112,11 @@ class _CompileTimes(event.Listener):
     def __init__(self, seconds: dict[str, float]):
         self._seconds, self._running, self._since = seconds, [], 0.0
 
-    def on_start(self, event: event.Event) -> None:
+    def on_start(self, event: Any) -> None:
         self._charge()
         self._running.append(event.data["dispatcher"].py_func)
 
-    def on_end(self, event: event.Event) -> None:
+    def on_end(self, event: Any) -> None:
         self._charge()
         self._running.pop()
 

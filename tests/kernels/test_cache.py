@@ -100,8 +100,8 @@ def test_the_folder_follows_the_platform_and_the_environment(run_python, tmp_pat
     names = (FOLDER, "NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
     later = names[names.index(variable) + 1 :]
     env = dict.fromkeys(names) | {name: str(tmp_path / "later") for name in later} | {variable: str(tmp_path / "here")}
-    program = f"import numba, sys; sys.platform = {platform!r}; import fastnewton.kernels.cpu.cache as c"
-    printed = run_python("-c", f"{program}; print(c.cache_folder('a CPU'))", env=env)
+    program = f"import numba, sys; sys.platform = {platform!r}; from fastnewton.kernels.cpu import jit"
+    printed = run_python("-c", f"{program}; print(jit.CACHE_FOLDER)", env=env)
     folder = Path(printed.strip())
     assert folder.parent == tmp_path / "here" / inside
     assert folder.is_dir()
