@@ -98,12 +98,16 @@ def _gpu_buffers() -> str:
     loaded, chosen = sys.modules.get("mpi4py.MPI"), device_memory_to_mpi(os.environ)
     if chosen is None and (loaded is None or not loaded.Is_initialized()):
         return f"as the library says, once MPI is initialised; {GPU_MPI}=1 (direct) or 0 (staged) decides otherwise"
-    if chosen is None:
-        from fastnewton.mpi import gpu_aware
-    direct, why = chosen or gpu_aware.verdict()
+    direct, why = chosen or _library_choice()
     how = "handed to MPI directly" if direct else "staged through pinned host memory"
     without = "without that, the library decides" if chosen else "direct needs an MPI library built with CUDA"
     return f"{how}, {why}; {f'{GPU_MPI}=0 stages them' if direct else without}"
+
+
+def _library_choice() -> tuple[bool, str]:
+    from fastnewton.mpi import gpu_aware  # initialises MPI
+
+    return gpu_aware.verdict()
 
 
 def _cache() -> str:
