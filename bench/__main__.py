@@ -234,8 +234,8 @@ def _overview(found: dict, folder: Path) -> list[page.Part]:
 def _peers(found: dict, folder: Path) -> list[page.Part]:
     rows, targets = found["steps"], report.targets(found["steps"])
     parts = [report.machine(found["machine"], rows), report.losses(rows), *([targets] if targets.rows else [])]
-    microseconds = [short.table(found["short"]), short.threads_table(found["short"])] if "short" in found else []
-    return [*parts, report.steps(rows), *microseconds, *report.on_device(found["gpu"])]
+    tables = (short.table, short.threads_table, short.compile_table) if "short" in found else ()
+    return [*parts, report.steps(rows), *(table(found["short"]) for table in tables), *report.on_device(found["gpu"])]
 
 
 def _training(found: dict, folder: Path) -> list[page.Part]:

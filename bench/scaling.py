@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,7 @@ def _write(m: int, thetas: np.ndarray, grads: np.ndarray) -> dict[str, Callable[
 def eigenproblems(on: Side, rounds: int, quick: bool) -> list[dict]:
     """Seconds of `fn.spectrum`, which knows nothing of n."""
     grams = {m: fn.gram(on.workers(m, 4 * m)[1]) for m in CUBES if not quick or m in MS}
-    tasks = {m: lambda gram=gram: fn.spectrum(gram) for m, gram in grams.items()}
+    tasks = {m: partial(fn.spectrum, gram) for m, gram in grams.items()}
     samples = timing.interleaved(tasks, rounds=rounds, settle=on.settle)
     return [{"m": m, "seconds": {"spectrum": sample.median}} for m, sample in samples.items()]
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -28,6 +29,7 @@ M, LENGTHS = 8, (650, 16_384)
 THREADED = tuple(1 << k for k in range(10, 17))
 PAUSE = 0.01  # seconds, after which helping threads are asleep
 STARTS = 5
+COMPILED = 12  # functions shown by the time of compiling them
 START = """
 import json, sys, time
 start = time.perf_counter()
@@ -36,40 +38,44 @@ libraries = time.perf_counter()
 import fastnewton as fn
 imported = time.perf_counter()
 rows = numpy.random.default_rng(0).standard_normal((2, 8, 650), dtype=numpy.float32)
-fn.step(*rows, lr=1.0)
-first = time.perf_counter()
+from fastnewton.kernels.cpu.jit import compile_times
+with compile_times() as compiled:
+    begin = time.perf_counter()
+    fn.step(*rows, lr=1.0)
+    first = time.perf_counter()
 fn.step(*rows[:, :7], lr=1.0)
-taken = [libraries - start, imported - libraries, first - imported, time.perf_counter() - first]
-print(json.dumps([taken, sorted({"cupy", "jax", "mpi4py", "torch"} & sys.modules.keys())]))
+taken = [libraries - start, imported - libraries, first - begin, time.perf_counter() - first]
+print(json.dumps([taken, sorted({"cupy", "jax", "mpi4py", "torch"} & sys.modules.keys()), compiled]))
 """
 
 
 def measure(rounds: int) -> dict:
-    """Seconds of the parts of a step, by library and n; of steps on one thread and on all; of `starts`, and of one with
-    an empty cache."""
-    libraries = {"NumPy": np.asarray}
+    """Seconds of the parts of a step, by library and n; of steps on one thread and on all; of `starts`, of one with an
+    empty cache, and of its functions that are compiled."""
+    libraries: dict[str, Callable[..., Any]] = {"NumPy": np.asarray}
     if find_spec("torch"):
         import torch
 
         libraries["PyTorch"] = torch.from_numpy
     parts = {
-        f"{name}, n = {n:,}": _parts(*map(convert, (*peers.workers(M, n), np.empty(n, np.float32))), rounds)
+        f"{name}, n = {n:,}": _parts(rounds, *map(convert, (*peers.workers(M, n), np.empty(n, np.float32))))
         for n in LENGTHS
         for name, convert in libraries.items()
     }
     with tempfile.TemporaryDirectory() as empty:
-        cold, _ = _start(NUMBA_CACHE_DIR=empty)
-    return {"parts": parts, "threads": _threads(rounds), "start": np.median(starts()[0], axis=0).tolist(), "cold": cold}
+        cold, _, compiled = _start(FASTNEWTON_CACHE_DIR=empty)
+    found = {"parts": parts, "threads": _threads(rounds), "start": np.median(starts()[0], axis=0).tolist()}
+    return found | {"cold": cold, "compiled": compiled}
 
 
 def starts() -> tuple[list[list[float]], list[str]]:
     """Seconds of importing NumPy and Numba, fastnewton, of a first step and of one with another m, in STARTS processes
     with warm caches, and which of the optional libraries that loads."""
-    taken, loaded = zip(*[_start() for _ in range(1 + STARTS)][1:], strict=True)
+    taken, loaded, _ = zip(*[_start() for _ in range(1 + STARTS)][1:], strict=True)
     return list(taken), loaded[0]
 
 
-def _start(**env: str) -> tuple[list[float], list[str]]:
+def _start(**env: str) -> tuple[list[float], list[str], dict[str, float]]:
     command = [sys.executable, "-c", START]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | env
     return json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
@@ -93,10 +99,12 @@ def _limited(count: int, step: Callable[[], object]) -> None:
         step()
 
 
-def _parts(thetas, grads, out, rounds: int) -> dict[str, float]:
+def _parts(rounds: int, thetas, grads, out) -> dict[str, float]:
     options, gram = Options.check(), fn.gram(grads)
-    dtype, *plain, _ = arrays.view_plain(thetas, grads, out, M)
-    arguments = *plain, np.empty(record_size(M)), decision.pack_settings(M, 1.0, options)
+    views = arrays.view_plain(thetas, grads, out, M)
+    assert views is not None, "the arrays of a short step"
+    dtype, first, second, target, _ = views
+    arguments = first, second, target, np.empty(record_size(M)), decision.pack_settings(M, 1.0, options)
     named = {"eps": DTYPES[dtype].eps, "guarded": True, "dtype": dtype, "compute": dtype}
     tasks: dict[str, Callable[[], object]] = {
         "the whole step": lambda: fn.step(thetas, grads, lr=1.0, out=out),
@@ -135,6 +143,21 @@ def table(found: dict) -> Table:
         f"{1e3 * first:.0f} ms. With an empty cache it compiles for {cold:.0f} s, and another m for {another:.1f} s."
     )
     return Table("Where the microseconds go", ("part", *parts), rows, note)
+
+
+def compile_table(found: dict) -> Table:
+    """Seconds of the first step from an empty cache, by function compiled."""
+    longest = sorted(found["compiled"].items(), key=lambda item: item[1], reverse=True)
+    ours = [
+        (name.removeprefix("fastnewton.kernels."), taken) for name, taken in longest if name.startswith("fastnewton.")
+    ]
+    numbas = [taken for name, taken in longest if not name.startswith("fastnewton.")]
+    rest = [taken for _, taken in ours[COMPILED:]]
+    sums = [(f"{len(rest)} more", sum(rest)), (f"{len(numbas)} of Numba's own", sum(numbas))]
+    rows = [(name, f"{taken:.2f}") for name, taken in ours[:COMPILED] + sums]
+    compiling, whole = sum(taken for _, taken in longest), found["cold"][2]
+    note = f"Each without the functions that it calls: {compiling:.1f} s of {whole:.1f}, the rest is keeping the code."
+    return Table("Where the first step from an empty cache goes", ("function", "seconds"), rows, note)
 
 
 def threads_table(found: dict) -> Table:

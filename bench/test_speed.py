@@ -12,6 +12,7 @@ arrays, and the import of NumPy and Numba; a round trip has no bytes to move.
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,9 +101,8 @@ def test_exchange(benchmark, exchanged, kind, which):
 @pytest.mark.benchmark(group="DLPack round trip")
 def test_dlpack(benchmark, seconds):
     given = np.zeros((2, 8, 650), np.float32)
-    foreign = [
-        SimpleNamespace(**{name: getattr(array, name) for name in DLPACK}) for array in given
-    ]  # has nothing else
+    only_dlpack = [{name: getattr(array, name) for name in DLPACK} for array in given]
+    foreign: list[Any] = [SimpleNamespace(**methods) for methods in only_dlpack]
 
     def round_trip():
         thetas, grads = arrays.pair(*foreign)

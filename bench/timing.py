@@ -5,11 +5,13 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 SHORTEST = 2e-2  # seconds; quicker tasks are called several times for one sample, since cores need 10 ms to speed up
 LEAST_ROUNDS = 3
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,17 @@ class Sample:
 
 
 def interleaved(
-    tasks: Mapping[str, Callable[[], object]],
+    tasks: Mapping[Name, Callable[[], object]],
     *,
     rounds: int,
     shortest: float = SHORTEST,
     budget: float = float("inf"),
     limit: float = float("inf"),
-    unlimited: Collection[str] = (),
+    unlimited: Collection[Name] = (),
     before: Callable[[], None] = lambda: None,
     settle: Callable[[], None] = lambda: None,
     after_round: Callable[[], None] = lambda: None,
-) -> dict[str, Sample]:
+) -> dict[Name, Sample]:
     """Time every task once a round, in an order drawn for it; each has run before, so nothing is compiled now.
 
     A sample takes about `shortest` seconds or more.  `before` is called before each task, `settle` before the clock is
@@ -57,7 +59,7 @@ def interleaved(
     """
     end, draw = time.perf_counter() + limit, random.Random(0)
     calls = {name: _calls(task, shortest, settle) for name, task in tasks.items()}
-    found: dict[str, list[float]] = {name: [] for name in tasks}
+    found: dict[Name, list[float]] = {name: [] for name in tasks}
     enabled = gc.isenabled()
     gc.disable()
     try:

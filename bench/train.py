@@ -112,12 +112,12 @@ def mpiexec() -> str:
 def _watch(command: list[str], after: Callable[[], None], limit: float) -> None:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONPATH": path}
-    said, pipe = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, **pipe) as job:
+    said, pipe = [], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True) as job:
         timer = threading.Timer(limit, job.terminate)
         timer.start()
         try:
-            for line in job.stdout:
+            for line in job.stdout or ():
                 said.append(line)
                 if line.startswith("done"):
                     after()

@@ -98,18 +98,22 @@ def _gpu_buffers() -> str:
     loaded, chosen = sys.modules.get("mpi4py.MPI"), device_memory_to_mpi(os.environ)
     if chosen is None and (loaded is None or not loaded.Is_initialized()):
         return f"as the library says, once MPI is initialised; {GPU_MPI}=1 (direct) or 0 (staged) decides otherwise"
-    if chosen is None:
-        from fastnewton.mpi import gpu_aware
-    direct, why = chosen or gpu_aware.verdict()
+    direct, why = chosen or _library_choice()
     how = "handed to MPI directly" if direct else "staged through pinned host memory"
     without = "without that, the library decides" if chosen else "direct needs an MPI library built with CUDA"
     return f"{how}, {why}; {f'{GPU_MPI}=0 stages them' if direct else without}"
 
 
-def _cache() -> str:
-    from fastnewton.kernels.cpu.jit import cache_folder
+def _library_choice() -> tuple[bool, str]:
+    from fastnewton.mpi import gpu_aware  # initialises MPI
 
-    return cache_folder() or "none, since no folder can be written: every process compiles"
+    return gpu_aware.verdict()
+
+
+def _cache() -> str:
+    from fastnewton.kernels.cpu.jit import CACHE_FOLDER
+
+    return str(CACHE_FOLDER or "none, since no folder can be written: every process compiles")
 
 
 _SECTIONS = {

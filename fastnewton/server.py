@@ -23,6 +23,7 @@ import numpy as np
 from fastnewton import arrays, checks, decision
 from fastnewton.arrays import CPU, Output, Rows
 from fastnewton.backends import cpu
+from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import combine as combine_kernel
 from fastnewton.kernels.cpu import gram as gram_kernel
 from fastnewton.kernels.cpu import spectrum as small

@@ -1,34 +1,31 @@
-"""Numba functions that are compiled for literal arguments and cached on disk."""
+"""Numba functions compiled for literal arguments and cached on disk; all that touches Numba's private parts."""
 
 import contextlib
-import hashlib
 import os
-import stat
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
-from io import FileIO
-from pathlib import Path
 from typing import Any
 
 import numba
 from numba import types
+from numba.core import caching, config, event, registry
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system
-    fcntl = None
+from fastnewton.kernels.cpu.cache import cache_folder, one_process_at_a_time
 
 INT, FLOAT = types.int64, types.float64
 FLOATS = types.Array(types.float64, 1, "C")
 INTS = types.Array(types.int64, 1, "C")
 FLOATS_2D, INTS_2D = types.Array(types.float64, 2, "C"), types.Array(types.int64, 2, "C")
 
-# Numba looks only at the file that holds the function; what it calls from other files counts as well.
-_BUILD = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
-).hexdigest()
+_settings: Any = config  # its names are made at run time
+_target: Any = registry.cpu_target.target_context
+_CPU = (
+    _target.codegen().magic_tuple()
+)  # triple, name and features that Numba compiles for: less than the host has, perhaps
+CPU_FEATURES = frozenset(flag[1:] for flag in _CPU[2].split(",") if flag.startswith("+"))
+CACHE_FOLDER = cache_folder(f"numba{numba.__version__}", "".join(_CPU), _settings.CACHE_DIR)
 
 _in_process = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child forked while another thread compiles would find Numba's own lock taken
@@ -37,96 +34,96 @@ if hasattr(os, "register_at_fork"):  # a child forked while another thread compi
     )
 
 
-def jit(function: Callable) -> Callable:
-    """numba.njit(nogil=True, cache=True), with a cache folder that can be written, if there is one."""
-    try:
-        made = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the installation nor the home folder is writable
-        before = numba.config.CACHE_DIR
-        try:
-            numba.config.CACHE_DIR = _private_folder()
-            made = numba.njit(nogil=True, cache=True)(function)
-        except (OSError, RuntimeError):
-            return numba.njit(nogil=True)(function)
-        finally:
-            numba.config.CACHE_DIR = before
-    if made is function:  # without Numba's compiler, which `_compiled` asks for
-        return made
-    save = made._cache.save_overload
+def jit(function: Callable) -> Any:
+    """Compile `function` by numba.njit(nogil=True), and keep the machine code of kernels in the cache folder."""
+    dispatcher: Any = numba.njit(nogil=True)(function)
+    has_compiler = dispatcher is not function  # else `_compiled` asks for it
+    # The folder's name has the digest of the package's own sources only.
+    if has_compiler and CACHE_FOLDER and function.__module__.startswith("fastnewton."):
+        dispatcher._cache = _KernelCache(function)
+    return dispatcher
 
-    def save_if_possible(signature: Any, compiled: Any) -> None:
+
+_CacheLocator: Any = caching._CacheLocator
+
+
+class _Locator(_CacheLocator):
+    """Tells Numba where compiled code is; one folder holds one build, so nothing in it is ever out of date."""
+
+    def __init__(self, function: Callable):
+        self._line, self._py_file = function.__code__.co_firstlineno, function.__code__.co_filename
+
+    def get_cache_path(self) -> str:
+        return str(CACHE_FOLDER)
+
+    def get_source_stamp(self) -> str:
+        return ""
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+
+class _KernelCacheImpl(caching.CompileResultCacheImpl):
+    # Without super(), which wants to see the source file and obeys NUMBA_CACHE_LOCATOR_CLASSES.
+    def __init__(self, function: Callable):
+        self._lineno = function.__code__.co_firstlineno
+        self._locator = _Locator(function)
+        self._filename_base = self.get_filename_base(f"{function.__module__}.{function.__qualname__}", "")
+
+
+class _KernelCache(caching.FunctionCache):
+    _impl_class = _KernelCacheImpl
+
+    def save_overload(self, sig: Any, data: Any) -> None:
         with contextlib.suppress(OSError):  # a full disk is no reason not to run what was compiled
-            save(signature, compiled)
-
-    made._cache.save_overload = save_if_possible
-    return made
+            super().save_overload(sig, data)
 
 
-def entry(function: Callable, *arguments: types.Type) -> Callable:
+def entry(function: Any, *arguments: types.Type) -> Callable:
     """The machine code of `function` for typed arguments, made when it is first called; it checks nothing."""
     compiled = cache(lambda: _compiled(function, arguments).entry_point)
     return lambda *given: compiled()(*given)
 
 
-def kernel(function: Callable, *literals: str | int) -> int:
+def kernel(function: Any, *literals: str | int) -> int:
     """The address of the machine code of `function(job, *literals)`, for `threads.shared` to call."""
     with _in_process:  # LLVM's own lock must not be held when another thread forks
         found = _compiled(function, (INT, *map(types.literal, literals)))
         return found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
 
 
-def _compiled(function: Callable, signature: tuple[types.Type, ...]) -> Any:
-    if numba.config.DISABLE_JIT:
+def _compiled(function: Any, signature: tuple[types.Type, ...]) -> Any:
+    if _settings.DISABLE_JIT:
         raise RuntimeError("fastnewton's kernels need Numba's compiler: unset NUMBA_DISABLE_JIT")
-    with _in_process, _one_process_at_a_time(function):
+    with _in_process, one_process_at_a_time(CACHE_FOLDER):
         function.compile(signature)
     return function.overloads[signature]
 
 
 @contextlib.contextmanager
-def _one_process_at_a_time(function: Callable) -> Iterator[None]:
-    """Of several processes that start at once, one compiles and the others find its code in the cache."""
-    with contextlib.ExitStack() as stack:
-        if fcntl is not None and (place := function.stats.cache_path) is not None:
-            with contextlib.suppress(OSError):
-                folder = Path(place)
-                folder.mkdir(parents=True, exist_ok=True)
-                # Without a buffer, which a full disk would not let be written when the file is closed.
-                lock = stack.enter_context(open(folder / "fastnewton.lock", "ab+", buffering=0))
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                # Closing would leave it locked where a child was forked meanwhile.
-                stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)
-                _clear_other_build(folder, lock)
-        yield
+def compile_times() -> Iterator[dict[str, float]]:
+    """Record the seconds that compiling each function takes, without those of the functions that it calls."""
+    seconds: dict[str, float] = {}
+    with event.install_listener("numba:compile", _CompileTimes(seconds)):
+        yield seconds
 
 
-def _clear_other_build(folder: Path, lock: FileIO) -> None:
-    """Delete what another build has left: Numba would use its file names again, and a process killed between
-    writing the index and the code would leave an index that points at the old code."""
-    lock.seek(0)
-    if lock.read() != _BUILD.encode():
-        for path in folder.glob("*.nb[ci]"):
-            path.unlink(missing_ok=True)
-        lock.truncate(0)
-        lock.write(_BUILD.encode())
+class _CompileTimes(event.Listener):
+    def __init__(self, seconds: dict[str, float]):
+        self._seconds, self._running, self._since = seconds, [], 0.0
 
+    def on_start(self, event: Any) -> None:
+        self._charge()
+        self._running.append(event.data["dispatcher"].py_func)
 
-@cache
-def _private_folder() -> str:
-    """A folder in the temporary directory that only this user can write to: compiled code is loaded from it."""
-    user = os.getuid() if hasattr(os, "getuid") else os.getpid()
-    folder = Path(tempfile.gettempdir()) / f"fastnewton-{user}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    safe = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
-    if safe and (not hasattr(os, "getuid") or status.st_uid == user):
-        return str(folder)
-    return tempfile.mkdtemp(prefix="fastnewton-")
+    def on_end(self, event: Any) -> None:
+        self._charge()
+        self._running.pop()
 
-
-def cache_folder() -> str | None:
-    """Where compiled kernels are kept; None where no folder can be written."""
-    from fastnewton.kernels.cpu.gram import _gram_run
-
-    return getattr(_gram_run, "stats", None) and _gram_run.stats.cache_path  # there are none without Numba's compiler
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            function = self._running[-1]
+            name = f"{function.__module__}.{function.__qualname__}"
+            self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now

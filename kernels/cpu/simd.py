@@ -9,25 +9,19 @@ three: a `Vectors` object emits loads, arithmetic and reductions on vectors of V
 import platform
 
 from llvmlite import ir
-from numba import config
-from numba.core import cgutils, codegen
+from numba.core import cgutils
 
 from fastnewton.dtypes import DTYPES
+from fastnewton.kernels.cpu.jit import CPU_FEATURES
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 _FLOAT = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
 _STORED = {**_FLOAT, "float16": ir.IntType(16), "bfloat16": ir.IntType(16)}
 
 
-def _features() -> set[str]:
-    """What Numba compiles for, which may be less than the host has."""
-    flags = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    return {flag[1:] for flag in flags.split(",") if flag.startswith("+")}
-
-
 def _machine() -> tuple[int, int, bool]:
     """Bytes in a vector register, how many of them there are, and whether float16 is converted by instructions."""
-    features, arm = _features(), platform.machine().lower() in ("arm64", "aarch64")
+    features, arm = CPU_FEATURES, platform.machine().lower() in ("arm64", "aarch64")
     if "avx512f" in features:
         return 64, 32, True
     if "avx2" in features:

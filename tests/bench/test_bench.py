@@ -507,7 +507,15 @@ def test_the_main_job_measures_trains_on_given_data_and_ends_with_the_report(
 
 
 def test_peers_are_compared_and_written(tmp_path, monkeypatch, small_ceilings, capsys):
-    monkeypatch.setattr(short, "_start", lambda **env: ([0.1, 0.2, 30.0 if env else 0.3, 4.0], []))
+    monkeypatch.setattr(
+        short,
+        "_start",
+        lambda **env: (
+            [0.1, 0.2, 30.0 if env else 0.3, 4.0],
+            [],
+            {"fastnewton.kernels.gram": 20.0, "numba.empty": 5.0},
+        ),
+    )
     monkeypatch.setattr(short, "THREADED", (1 << 10, 1 << 16))
     main(["peers", "--shapes", "small", "--rounds", "3", "--peers", "numpy", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "peers.json").read_text())
@@ -521,6 +529,8 @@ def test_peers_are_compared_and_written(tmp_path, monkeypatch, small_ceilings, c
     assert f"| {row['ratios']['best peer']:.2f} |" in page
     assert f"| {1e3 * row['step']['median']:.3g}"[:6] in page
     assert row["memory"].keys() == {"fastnewton", *row["others"]}
+    assert "| gram | 20.00 |" in page
+    assert "| 1 of Numba's own | 5.00 |" in page
     assert "a first step from the disk cache 300 ms. With an empty cache it compiles for 30 s" in page
     assert all(f"| {1e6 * taken:.1f} |" in page for taken in found["short"]["threads"]["one thread"].values())
     assert "Targets" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Compiled kernels on disk: several processes at once, and installations that cannot be written to."""
 
+import compileall
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastnewton as fn
-from fastnewton import kernels
+from fastnewton.kernels.cpu.cache import FOLDER, KEPT_BUILDS
 
 PROGRAM = """
 import hashlib, sys
@@ -31,7 +32,7 @@ def kernels_in(folder):
 def started_at_once(tmp_path_factory):
     """What three processes printed that found no cache, and the cache that they left."""
     folder = tmp_path_factory.mktemp("cache")
-    env = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
+    env = {**os.environ, FOLDER: str(folder)}
     command = [sys.executable, "-W", "error", "-c", PROGRAM]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen(command, env=env, **pipes) for _ in range(3)]
@@ -58,7 +59,7 @@ def test_workers_of_xdist_run_tests_of_kernels(run_python, warm):
     pytest.importorskip("xdist")
     cache = str(warm[1])
     some = f"{Path(__file__).with_name('test_kernels.py')}::test_combine_without_lr_rest_takes_lr_for_both"
-    printed = run_python("-m", "pytest", "-n", "2", "-p", "no:cacheprovider", some, env={"NUMBA_CACHE_DIR": cache})
+    printed = run_python("-m", "pytest", "-n", "2", "-p", "no:cacheprovider", some, env={FOLDER: cache})
     assert "2 workers" in printed
     assert "4 passed" in printed
 
@@ -67,50 +68,78 @@ def test_a_warm_cache_is_not_written_again(run_python, warm):
     printed, folder = warm
     before = {path: (folder / path).stat().st_mtime_ns for path in kernels_in(folder)}
     assert before
-    assert run_python("-c", PROGRAM, env={"NUMBA_CACHE_DIR": str(folder)}) == printed
+    assert run_python("-c", PROGRAM, env={FOLDER: str(folder)}) == printed
     assert {path: (folder / path).stat().st_mtime_ns for path in kernels_in(folder)} == before
 
 
-def test_code_of_another_build_is_deleted(run_python, warm):
-    printed, folder = warm
-    env = {"NUMBA_CACHE_DIR": str(folder)}
-    (lock,) = folder.rglob("fastnewton.lock")
-    build, compiled = lock.read_text(), kernels_in(folder)
-    assert build
-    left = lock.with_name("left-over.1.nbc")
-    left.write_bytes(b"code of another build")
-    assert run_python("-c", PROGRAM, env=env) == printed
-    assert left.exists()
-    lock.write_text("another build")
-    assert run_python("-c", PROGRAM, env=env) == printed
-    assert lock.read_text() == build
-    assert kernels_in(folder) == compiled  # all but the left-over are back
+def test_only_the_builds_used_last_are_kept(run_python, tmp_path):
+    others = [tmp_path / f"kernels-{k}" for k in range(KEPT_BUILDS + 1)]
+    for age, other in enumerate(others):
+        other.mkdir()
+        (other / "fastnewton.lock").touch()
+        (other / "left-over.1.nbc").touch()
+        os.utime(other, (0, 10**9 - age))
+    unknown = tmp_path / "kernels-of-somebody-else"
+    unknown.mkdir()
+    run_python("-c", "import fastnewton", env={FOLDER: str(tmp_path)})
+    assert unknown.exists()
+    assert [other.exists() for other in others] == [True] * (KEPT_BUILDS - 1) + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("platform", "variable", "inside"),
+    [
+        ("linux", FOLDER, ""),
+        ("linux", "NUMBA_CACHE_DIR", ""),
+        ("linux", "XDG_CACHE_HOME", "fastnewton"),
+        ("linux", "HOME", ".cache/fastnewton"),
+        ("darwin", "HOME", "Library/Caches/fastnewton"),
+    ],
+)
+def test_the_folder_follows_the_platform_and_the_environment(run_python, tmp_path, platform, variable, inside):
+    names = (FOLDER, "NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
+    later = names[names.index(variable) + 1 :]
+    env = dict.fromkeys(names) | {name: str(tmp_path / "later") for name in later} | {variable: str(tmp_path / "here")}
+    program = f"import numba, sys; sys.platform = {platform!r}; from fastnewton.kernels.cpu import jit"
+    printed = run_python("-c", f"{program}; print(jit.CACHE_FOLDER)", env=env)
+    folder = Path(printed.strip())
+    assert folder.parent == tmp_path / "here" / inside
+    assert folder.is_dir()
+    assert not (tmp_path / "later").exists()
+
+
+def test_another_cpu_has_another_folder(run_python, tmp_path):
+    program = "from fastnewton.kernels.cpu.jit import CACHE_FOLDER; print(CACHE_FOLDER)"
+    env = {FOLDER: str(tmp_path)}
+    assert run_python("-c", program, env=env) != run_python("-c", program, env={**env, "NUMBA_CPU_NAME": "generic"})
 
 
 @pytest.fixture
-def unwritable(tmp_path):
+def site(tmp_path):
+    """A copy of the installation."""
+    copy = tmp_path / "site"
+    ignored = shutil.ignore_patterns("__pycache__", "README.md")
+    shutil.copytree(Path(fn.__file__).parent, copy / "fastnewton", ignore=ignored)
+    return copy
+
+
+@pytest.fixture
+def unwritable(site):
     """The environment of an installation that cannot be written to, without a home."""
-    site = tmp_path / "site"
-    no_cache = shutil.ignore_patterns("__pycache__", "kernels")
-    shutil.copytree(Path(fn.__file__).parent, site / "fastnewton", ignore=no_cache)
-    shutil.copytree(
-        Path(kernels.__file__).parent,
-        site / "fastnewton" / "kernels",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    for folder in ("fastnewton", "fastnewton/arrays", "fastnewton/kernels", "fastnewton/kernels/cpu"):
-        (site / folder / "__pycache__").write_text("a file, so that even root cannot make the folder")
-    nowhere = str(site / "fastnewton" / "__pycache__" / "home")
+    file = site / "file"
+    file.write_text("a file, so that even root cannot make a folder in it")
+    nowhere = str(file / "home")
     return {
         "PYTHONPATH": str(site),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": nowhere,
         "XDG_CACHE_HOME": nowhere,
+        FOLDER: None,
         "NUMBA_CACHE_DIR": None,
     }
 
 
-def test_an_installation_that_cannot_be_written_to_still_caches(run_python, unwritable, tmp_path):
+def test_without_a_home_the_cache_is_in_the_temporary_folder(run_python, unwritable, tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     env = {**unwritable, "TMPDIR": str(temporary)}
@@ -120,6 +149,26 @@ def test_an_installation_that_cannot_be_written_to_still_caches(run_python, unwr
     assert kernels_in(cache)
     assert not cache.stat().st_mode & 0o022  # compiled code is loaded from there
     assert str(temporary) in run_python("-m", "fastnewton", env=env)
+
+
+def test_an_installation_of_bytecode_compiles_once_and_nothing_is_written_into_it(run_python, site, tmp_path, warm):
+    assert compileall.compile_dir(site, legacy=True, quiet=1)
+    for source in site.rglob("*.py"):
+        source.unlink()
+    before = sorted(site.rglob("*"))
+    env = {"PYTHONPATH": str(site), FOLDER: str(tmp_path / "cache")}
+    printed = run_python("-c", PROGRAM, env=env)
+    assert printed.splitlines() == [str(site / "fastnewton" / "__init__.pyc"), warm[0].splitlines()[1]]
+    (build,) = (tmp_path / "cache").iterdir()
+    written = {path: path.stat().st_mtime_ns for path in build.glob("*.nb[ci]")}
+    assert written
+    assert run_python("-c", PROGRAM, env=env) == printed
+    assert {path: path.stat().st_mtime_ns for path in build.glob("*.nb[ci]")} == written
+    assert sorted(site.rglob("*")) == before
+    with (site / "fastnewton" / "kernels" / "record.pyc").open("ab") as file:
+        file.write(b"another build")
+    run_python("-c", "import fastnewton", env=env)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 NOWHERE = """
@@ -144,5 +193,5 @@ def test_where_no_folder_can_be_written_kernels_are_compiled_all_the_same(run_py
 
 def test_a_full_disk_does_not_stop_what_was_compiled(run_python, warm, tmp_path):
     pytest.importorskip("resource")
-    assert run_python("-c", FULL + PROGRAM, env={"NUMBA_CACHE_DIR": str(tmp_path / "full")}) == warm[0]
+    assert run_python("-c", FULL + PROGRAM, env={FOLDER: str(tmp_path / "full")}) == warm[0]
     assert not kernels_in(tmp_path / "full")

@@ -152,7 +152,7 @@ def test_steps_after_the_main_thread_and_at_exit(run_python):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_processes_forked_while_others_step_and_compile(run_python, tmp_path):
-    env = {"FASTNEWTON_NUM_THREADS": "2", "NUMBA_CACHE_DIR": str(tmp_path)}
+    env = {"FASTNEWTON_NUM_THREADS": "2", "FASTNEWTON_CACHE_DIR": str(tmp_path)}
     assert run_python("-c", AMONG_THREADS, env=env, timeout=200) == "{0}\n"
 
 
@@ -190,7 +190,7 @@ def test_threads_with_problems_of_their_own_get_the_serial_bits(rng):
 
 
 def test_float16_where_no_instruction_converts_it(run_python, tmp_path):
-    run_python("-c", HALF, env={"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)})
+    run_python("-c", HALF, env={"NUMBA_CPU_NAME": "generic", "FASTNEWTON_CACHE_DIR": str(tmp_path)})
 
 
 def test_without_the_compiler_the_error_says_so(run_python):

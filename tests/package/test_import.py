@@ -23,7 +23,7 @@ from numba.core.dispatcher import Dispatcher
 def compiled():
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "fastnewton"]
     found = {value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)}
-    files = [name for _, _, names in os.walk(os.environ["NUMBA_CACHE_DIR"]) for name in names]
+    files = [name for _, _, names in os.walk(os.environ["FASTNEWTON_CACHE_DIR"]) for name in names]
     return sum(len(each.signatures) for each in found), sum(name.endswith(".nbc") for name in files)
 
 print(compiled())
@@ -47,7 +47,7 @@ def test_import_loads_no_other_array_library_and_no_mpi(run_python, tmp_path):
 def test_import_compiles_nothing(run_python, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
-    assert run_python("-c", COMPILED, env={"NUMBA_CACHE_DIR": str(cache)}).splitlines() == [
+    assert run_python("-c", COMPILED, env={"FASTNEWTON_CACHE_DIR": str(cache)}).splitlines() == [
         "(0, 0)",
         "True True",
     ]
