@@ -15,7 +15,7 @@ from fastnewton.arrays import cpu, cuda, libraries
 from fastnewton.arrays.cpu import allocate, nonfinite_workers, view_plain
 from fastnewton.arrays.layout import CPU, Device, Layout, Output, Rows, row_addresses
 from fastnewton.dtypes import DTYPES
-from fastnewton.kernels.cpu import addresses
+from fastnewton.kernels.cpu.memory import overlap
 
 __all__ = [
     "CPU",
@@ -174,7 +174,7 @@ def output(out: Any, like: Rows, inputs: Sequence[Rows]) -> Output:
         raise ValueError("out must be writable; got a read-only array")
     begin, nbytes = int(target.table[0]), target.nbytes
     for one in inputs:
-        if nbytes and addresses.overlap(begin, begin + nbytes, one.table, nbytes):
+        if nbytes and overlap(begin, begin + nbytes, one.table, nbytes):
             raise ValueError("out must not overlap an input; hand over separate memory or leave out=None")
     return Output(target, lambda: out)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastnewton.arrays.layout import Device, Layout, Output, Rows, row_addresses
 from fastnewton.dtypes import DTYPES
-from fastnewton.kernels.cpu import addresses
+from fastnewton.kernels.cpu.memory import address_of
 
 ALIGNMENT = 64  # JAX adopts memory without a copy only from this alignment on
 _SCANNED = 1 << 18  # values that are searched for NaN at once, to bound the memory that this takes
@@ -23,7 +23,7 @@ _SCANNED = 1 << 18  # values that are searched for NaN at once, to bound the mem
 def recognise(dtype: np.dtype, ndim: int) -> tuple[str | None, Callable[[np.ndarray], int]]:
     """Name a dtype of vectors, None for others, and make the function that returns the address of such an array."""
     known = dtype.isnative and dtype.name in DTYPES
-    return dtype.name if known else None, addresses.address_of(dtype, ndim)
+    return dtype.name if known else None, address_of(dtype, ndim)
 
 
 def describe(value: Any, name: str, library: str, device: Device) -> Layout:

@@ -28,9 +28,10 @@ def context(*rows: Rows) -> AbstractContextManager:
 
 def gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str) -> Gram:
     """Form K and b of checked input and, with thetas, all products of both, in one pass."""
-    raw = gram_kernel.gram(grads, z, compute=compute)
-    if thetas is not None:
-        raw = gram_kernel.joint_gram(thetas, grads)._replace(products=raw.products)
+    if thetas is None:
+        raw = gram_kernel.gram(grads, z, compute=compute)
+    else:
+        raw = gram_kernel.gram_with_thetas(thetas, grads, z, compute=compute)
     return decision.project(raw, grads.dtype)
 
 
@@ -104,19 +105,22 @@ def part_size(m: int, options: Options) -> int:
     """Return how many numbers one part holds."""
     if options.safeguards is not None:
         return gram_kernel.joint_size(m)
-    return gram_kernel.part_size(m, with_z=False, with_thetas=options.reads_thetas)
+    return gram_kernel.part_size(m, with_thetas=options.reads_thetas)
 
 
 def parts(grads: Rows, thetas: Rows | None, options: Options, compute: str, first: int, last: int) -> np.ndarray:
     """Compute the partial Gram of each of those places; shape (places, part_size)."""
+    count = tree.blocks(grads.n)  # of all coordinates, while the Rows hold them all
+    start, stop = first * BLOCK, min(last * BLOCK, grads.n)
+    grads, thetas = grads.part(start, stop - start), thetas and thetas.part(start, stop - start)
     if options.safeguards is not None:
-        return gram_kernel.joint_parts(thetas, grads, first=first, last=last)
-    return gram_kernel.gram_parts(grads, thetas, compute=compute, first=first, last=last)
+        return gram_kernel.joint_parts(thetas, grads, first=first, blocks=count)
+    return gram_kernel.gram_parts(grads, thetas, compute=compute, first=first, blocks=count)
 
 
 def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, options: Options) -> Gram:
     """Return the Gram, from the parts of all blocks in order, which are overwritten."""
     values = tree.total(places, parts)
     if options.safeguards is not None:
-        return decision.project(gram_kernel.unpacked_joint(values, m), dtype)
-    return decision.project(gram_kernel.unpacked(values, m, with_z=False, with_thetas=options.reads_thetas), dtype)
+        return decision.project(gram_kernel.unpack_joint(values, m), dtype)
+    return decision.project(gram_kernel.unpack(values, m, with_thetas=options.reads_thetas), dtype)

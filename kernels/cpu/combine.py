@@ -1,239 +1,203 @@
-"""The combine pass on the CPU: θ_new from all rows, last blocks first: the end of grads is then still in the cache."""
+"""combine: the new parameters from all workers' parameters and gradients, in one pass.
 
-from functools import cache
+Formula      θ_new = θ̄ − τΘc − β(ḡ − Gc), or z + (Θ − G)c with z given.  c sums to zero, so row 0 can be the origin:
+                 θ_new = θ_0 − βg_0 + Σ_k p_k(θ_k − θ_0) + q_k(g_k − g_0),  p_k = 1/m − τc_k,  q_k = −β(1/m − c_k)
+             and rounding is relative to the spread of the workers, not to θ.
+Shapes       thetas, grads: m vectors of length n; z, out: vectors of length n; c: (m,) float64, or (2m,) with one for Θ
+             and one for G.
+Traffic      reads 2m·n·itemsize bytes once (and z), writes n·itemsize.
+Rounding     a float32 sum has up to 2(m − 1) terms; relative to float64 the errors seen are 1.9e-7 with m = 64 and
+             8.1e-7 with m = 1,024.
+Determinism  each coordinate is on its own: its bits depend on nothing else.
+Launch       tasks are runs of blocks; the threads take them from a shared counter, in descending order, because the
+             end of the gradients is what `gram` has left in L3.
+"""
 
 import numpy as np
-from llvmlite import ir
-from numba import carray
-from numba.extending import intrinsic, overload
 
 from fastnewton.kernels.cpu import threads
-from fastnewton.kernels.cpu.jit import FLOAT, FLOATS, INT, INTS, entry, jit, kernel
-from fastnewton.kernels.cpu.memory import copy_bytes, copy_rows, itemsize_of, lanes_of, pointer_at
-from fastnewton.kernels.cpu.simd import VECTOR_BYTES, Vectors, lanes
-from fastnewton.kernels.cpu.threads import PIECES_PER_THREAD, THREADED_BYTES, add, address, keep
+from fastnewton.kernels.cpu.jit import FLOAT, FLOATS, INT, INTS, address, call, code_address, entry, jit
+from fastnewton.kernels.cpu.memory import copy, copy_rows, fetch_and_add, floats, integers, stack_memory
+from fastnewton.kernels.cpu.simd import CACHE_LINE, Constant, kernel, lanes
+from fastnewton.kernels.cpu.threads import TASKS_PER_THREAD, THREADED_BYTES
 from fastnewton.kernels.cpu.tree import BLOCK
 
 UNROLLED = 8  # rows beside the first whose combination is one straight line
-GROUP = 4  # rows that are added per round above that: more at one spacing fight for the ways of the caches
+ROWS_PER_PASS = 4  # above that: more streams at equal stride exceed L1 associativity
 STREAMED_BYTES = 1 << 24  # a larger result bypasses the cache, which would read each line before overwriting it
-
-# θ_new = θ̄ − τΘc − β(ḡ − Gc), or z + (Θ − G)c with z given.  c (m,) sums to zero, so Θc = Σ c_k(θ_k − θ_0): with
-# row 0 as the origin one reading is enough, and rounding is relative to the spread of the workers, not to θ:
-#     θ_new = θ_0 − βg_0 + Σ_k p_k(θ_k − θ_0) + q_k(g_k − g_0),   p_k = 1/m − τc_k,   q_k = −β(1/m − c_k)
-# Bytes: (2m + 1)·n·itemsize.  Flops: 8mn of the 6mn that the formula needs.  Each coordinate is on its own, so the
-# bits depend on nothing else.  The limit of 256 terms is the Gram's: here a float32 sum has up to 2(m − 1), and the
-# errors seen, relative to float64, are 1.9e-7 with m = 64 and 8.1e-7 with m = 1,024.
-
-
-def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out, compute: str) -> bool:
-    """Write the combination to `out` (Rows of one row); False if any value written is not finite."""
-    m, n, itemsize = thetas.m, thetas.n, thetas.itemsize
-    code = _combine_kernel(m, thetas.dtype, compute, "mean" if z is None else "z")
-    helpers = threads.helpers_for(2 * m * n * itemsize >= THREADED_BYTES)
-    last = NO_ROW if z is None else z.table
-    given = thetas.table, grads.table, last, coefficients, tau, beta, out.table
-    verdict = _run_combine(threads.team.words, helpers, code, *given, n, itemsize)
-    if verdict < 0:
-        raise MemoryError("no memory for the scratch of a kernel")
-    return verdict == 1
-
 
 NO_ROW = np.empty(0, np.int64)
 
 
-@cache
-def _combine_kernel(m: int, storage: str, compute: str, base: str) -> int:
-    """Compiled for exactly m rows up to UNROLLED beside the first, for any number of them above."""
-    return _any_combine_kernel(m - 1 if m - 1 <= UNROLLED else -1, storage, compute, base)
+def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out, compute: str) -> bool:
+    """Write the combination to `out` (Rows of one row); return False if any value written is not finite."""
+    m, n, itemsize = thetas.m, thetas.n, thetas.itemsize
+    workers = threads.workers_for(2 * m * n * itemsize >= THREADED_BYTES)
+    codes = kernels(m, n * itemsize, thetas.dtype, compute, "mean" if z is None else "z")
+    memory = np.empty(memory_size(m, workers))
+    given = thetas.table, grads.table, NO_ROW if z is None else z.table, coefficients, tau, beta, out.table
+    return bool(_run_combine(threads.pool.address, workers, codes, *given, n, itemsize, memory))
 
 
-@cache
-def _any_combine_kernel(others: int, storage: str, compute: str, base: str) -> int:
-    return kernel(_combine_run, storage, compute, base, others)
+def kernels(m: int, size: int, storage: str, compute: str, base: str = "mean") -> np.ndarray:
+    """Return what `combine_on_threads` calls for m workers and a result of so many bytes, and the lanes of a vector."""
+    rows = m - 1 if m - 1 <= UNROLLED else UNROLLED + 1
+    block = _block.address(storage, compute, rows, base, 0)
+    streamed = _block.address(storage, compute, rows, base, 1) if size >= STREAMED_BYTES else 0
+    return np.array([code_address(_combine_blocks, INT), block, streamed, lanes(compute)])
+
+
+def memory_size(m: int, workers: int) -> int:
+    """Return the float64 numbers that the memory of `combine_on_threads` must hold."""
+    return 2 * (2 * m + 2) + 2 * CACHE_LINE // 8 + (workers + 1) * (BLOCK + (2 * m + 2) * (1 + CACHE_LINE // 8))
+
+
+# -- over all blocks, compiled once -----------------------------------------------------------------------------
+
+# The argument block.
+(
+    M, TABLE, ROWS, WEIGHTS, OUT, N, ITEM_BYTES, LANES, KERNEL, STREAMED, SHIFT, BLOCKS,
+    THREADS_MEMORY, PER_THREAD, TASK_COUNT, NEXT_TASK, THREADS_COME, NONFINITE, ARGUMENTS,
+) = range(19)  # fmt: skip
 
 
 @jit
-def _combine_on_threads(team, helpers, code, thetas, grads, last, c, tau, beta, out, n, itemsize):
-    """Run a combine kernel over all blocks: 1 if all values are finite, 0 if not, −1 if it failed."""
-    m = thetas.size
-    table = np.empty(2 * m + last.size, np.int64)
-    table[:m], table[m : 2 * m], table[2 * m :] = thetas, grads, last
-    weights = _weights(last.size == 0, m, c, tau, beta)
-    state = np.zeros(2, np.int64)  # pieces taken, whether a value is not finite
-    streamed = n * itemsize >= STREAMED_BYTES
+def combine_on_threads(
+    pool, workers, codes, thetas, grads, last, c, tau, beta, out, n, itemsize, memory
+):  # fmt: skip
+    """Run a combine kernel over all blocks; 1 if all values are finite, else 0."""
+    m, rows = thetas.size, 2 * thetas.size + last.size
+    where = stack_memory(ARGUMENTS)
+    block = integers(where)
+    block[M], block[TABLE], block[ROWS] = m, address(memory), rows
+    block[WEIGHTS] = block[TABLE] + 8 * rows
+    block[THREADS_MEMORY] = (block[WEIGHTS] + 8 * (2 * m + 1) + 63) & ~63
+    block[PER_THREAD] = 8 * BLOCK + (rows + 1) * (8 + CACHE_LINE)  # scratch; a table, and a vector of each row
+    copy(block[TABLE], address(thetas), 8 * m)
+    copy(block[TABLE] + 8 * m, address(grads), 8 * m)
+    copy(block[TABLE] + 16 * m, address(last), 8 * last.size)
+    _weigh(last.size == 0, m, c, tau, beta, block[WEIGHTS])
+    block[OUT], block[N], block[ITEM_BYTES], block[LANES] = out[0], n, itemsize, codes[3]
+    block[KERNEL], block[STREAMED] = codes[1], codes[2]
     # Stores that bypass the cache must be aligned: blocks then begin on cache lines, the first one before the array.
-    early = out[0] // itemsize % (64 // itemsize) if streamed else 0
-    count = (n + early + BLOCK - 1) // BLOCK
-    pieces = min(count, PIECES_PER_THREAD * (helpers + 1)) if helpers else min(count, 1)
-    job = np.empty(11, np.int64)
-    job[0], job[1], job[2], job[3], job[4] = m, address(table), table.size, address(weights), out[0]
-    job[5], job[6], job[7], job[8], job[9], job[10] = n, early, count, pieces, address(state), streamed
-    done = threads.shared(team, code, helpers, job)
-    keep(table)
-    keep(weights)
-    return (1 if state[1] == 0 else 0) if done else -1
+    block[SHIFT] = out[0] // itemsize % (64 // itemsize) if codes[2] else 0
+    block[BLOCKS] = (n + block[SHIFT] + BLOCK - 1) // BLOCK
+    block[TASK_COUNT] = min(block[BLOCKS], TASKS_PER_THREAD * (workers + 1) if workers else 1)
+    block[NEXT_TASK], block[THREADS_COME], block[NONFINITE] = 0, 0, 0
+    threads.run(pool, workers, codes[0], where, ARGUMENTS)
+    return 1 if block[NONFINITE] == 0 else 0
 
 
-_run_combine = entry(_combine_on_threads, INTS, INT, INT, INTS, INTS, INTS, FLOATS, FLOAT, FLOAT, INTS, INT, INT)
-
-
-@jit
-def _combine_run(job, storage, compute, base, others):
-    """Those pieces of the blocks that no other thread has taken, the last first."""
-    words, size, width = carray(pointer_at(job), (11,), np.int64), itemsize_of(storage), lanes_of(compute)
-    m, rows, factors, out, n = words[0], words[1], words[3], words[4], words[5]
-    early, count, pieces, state, streamed = words[6], words[7], words[8], words[9], words[10]
-    table = carray(pointer_at(rows), (words[2],), np.int64)
-    work = np.empty(BLOCK * 8 + 64, np.uint8)
-    scratch = (address(work) + 63) & ~63
-    finite = 1
-    index = add(state, 1)
-    while index < pieces:
-        for block in range(count - index * count // pieces - 1, count - (index + 1) * count // pieces - 1, -1):
-            offset = max(0, block * BLOCK - early)
-            length = min(n, (block + 1) * BLOCK - early) - offset
-            target = out + offset * size
-            rest = length % width if length < BLOCK else 0
-            if rest:  # of a vector: copied, since what follows it is not ours
-                done = length - rest
-                here, padded = np.empty_like(table), np.zeros((table.size + 1) * 64, np.uint8)
-                copy_rows(table, here, (offset + done) * size, rest * size, 64, padded)
-                rounded = address(padded) + table.size * 64
-                finite &= _combine_block(
-                    others, storage, compute, base, "out", m, address(here), factors, 0, rest, rounded, scratch
-                )
-                copy_bytes(target + done * size, rounded, rest * size)
-                keep(here)
-                keep(padded)
-                length = done
-            if length == 0:
-                continue
-            if streamed and length == BLOCK:
-                finite &= _combine_block(
-                    others, storage, compute, base, "stream", m, rows, factors, offset, BLOCK, target, scratch
-                )
-            else:
-                finite &= _combine_block(
-                    others, storage, compute, base, "out", m, rows, factors, offset, length, target, scratch
-                )
-        index = add(state, 1)
-    if finite == 0:
-        add(state + 8, 1)
-    keep(work)
+_run_combine = entry(
+    combine_on_threads, INT, INT, INTS, INTS, INTS, INTS, FLOATS, FLOAT, FLOAT, INTS, INT, INT, FLOATS
+)  # fmt: skip
 
 
 @jit
-def _weights(of_mean, m, c, tau, beta):
-    """p, q and the factor of g_0, after c has been made to sum to zero; c (2m,) holds one for Θ and one for G."""
-    of_thetas, of_grads = c[:m], c[c.size - m :]
-    mean, mean_of_grads = of_thetas.sum() / m, of_grads.sum() / m
-    weights = np.empty(2 * m + 1)
+def _weigh(of_mean, m, c, tau, beta, weights):
+    """Write p, q and the factor of g_0, after c has been made to sum to zero."""
+    p, q, second = floats(weights), floats(weights + 8 * m), c.size - m
+    mean, mean_of_grads = 0.0, 0.0
+    for k in range(m):
+        mean += c[k]
+        mean_of_grads += c[second + k]
+    mean, mean_of_grads = mean / m, mean_of_grads / m
     for k in range(m):
         if of_mean:
-            weights[k] = 1 / m - tau * (of_thetas[k] - mean)
-            weights[m + k] = beta * (of_grads[k] - mean_of_grads - 1 / m)
+            p[k], q[k] = 1 / m - tau * (c[k] - mean), beta * (c[second + k] - mean_of_grads - 1 / m)
         else:
-            weights[k] = of_thetas[k] - mean
-            weights[m + k] = mean_of_grads - of_grads[k]
-    weights[2 * m] = -beta
-    return weights
+            p[k], q[k] = c[k] - mean, mean_of_grads - c[second + k]
+    q[m] = -beta
 
 
-def _combine_block(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
-    """One block of the combination; only ever called from compiled code."""
+@jit
+def _combine_blocks(where):
+    """Combine blocks, task by task."""
+    block = integers(where)
+    m, table, rows, weights, out, n = block[M], block[TABLE], block[ROWS], block[WEIGHTS], block[OUT], block[N]
+    itemsize, shift, blocks, tasks = block[ITEM_BYTES], block[SHIFT], block[BLOCKS], block[TASK_COUNT]
+    scratch = (block[THREADS_MEMORY] + block[PER_THREAD] * fetch_and_add(where + 8 * THREADS_COME, 1) + 63) & ~63
+    padded, finite = scratch + 8 * BLOCK, 1
+    task = fetch_and_add(where + 8 * NEXT_TASK, 1)
+    while task < tasks:
+        for k in range(blocks - task * blocks // tasks - 1, blocks - (task + 1) * blocks // tasks - 1, -1):
+            offset = max(0, k * BLOCK - shift)
+            length = min(n, (k + 1) * BLOCK - shift) - offset
+            target = out + offset * itemsize
+            rest = length % block[LANES] if length < BLOCK else 0
+            if rest:  # of a vector: copied, since what follows it is not ours
+                length -= rest
+                copies, size = padded + CACHE_LINE * (rows + 1), rest * itemsize
+                copy_rows(table, copies, rows, (offset + length) * itemsize, size, CACHE_LINE, padded)
+                result = padded + CACHE_LINE * rows
+                finite &= call(block[KERNEL], m, copies, weights, 0, rest, result, scratch)
+                copy(target + length * itemsize, result, size)
+            if length:
+                code = block[STREAMED] if length == BLOCK and block[STREAMED] else block[KERNEL]
+                finite &= call(code, m, table, weights, offset, length, target, scratch)
+        task = fetch_and_add(where + 8 * NEXT_TASK, 1)
+    if finite == 0:
+        fetch_and_add(where + 8 * NONFINITE, 1)
 
 
-@overload(_combine_block, prefer_literal=True)
-def _combine_block_compiled(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
-    width = lanes(compute.literal_value)
-
-    def straight(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
-        steps = (length + width - 1) // width
-        return _combine_rows(others, storage, compute, base, target, m, table, weights, 1, offset, steps, out)
-
-    def grouped(others, storage, compute, base, target, m, table, weights, offset, length, out, scratch):
-        steps = (length + width - 1) // width
-        _combine_rows(GROUP, storage, compute, base, "work", m, table, weights, 1, offset, steps, scratch)
-        k = 1 + GROUP
-        while k + GROUP <= m:
-            _combine_rows(GROUP, storage, compute, "work", "work", m, table, weights, k, offset, steps, scratch)
-            k += GROUP
-        while k < m:
-            _combine_rows(1, storage, compute, "work", "work", m, table, weights, k, offset, steps, scratch)
-            k += 1
-        return _store_rounded(storage, compute, target, scratch, steps, out)
-
-    return straight if others.literal_value >= 0 else grouped
+# -- one block, compiled for each kind of rows --------------------------------------------------------------------
 
 
-@intrinsic(prefer_literal=True)
-def _combine_rows(typingctx, count, storage, compute, source, target, m, table, weights, first, offset, steps, out):
-    """source + Σ p_k(θ_k − θ_0) + q_k(g_k − g_0) over `count` rows; 1 if all that was stored is finite, else 0.
+@kernel
+def _block(v, rows: Constant, base: Constant, streamed: Constant, m, table, weights, offset, length, out, scratch):
+    """Combine one block; return 1 if all that was stored is finite, else 0.
 
-    The table holds the addresses of thetas, grads and z; the weights are p, q and that of g_0 in the base.  Where
-    source or target is "work", `out` is aligned scratch.
+    The table holds the addresses of thetas, grads and z; the weights are p, q and the factor of g_0.  `rows` is their
+    number beside the first, or more than UNROLLED: then sums are in scratch while rows are added in passes.
     """
-    rows, source_, target_ = count.literal_value, source.literal_value, target.literal_value
+    steps, checked = (length + (v.lanes - 1)) // v.lanes, v.sums([0])
+    tables, factors = (table, table + m * 8), (weights, weights + m * 8)
+    theta_0, grad_0 = (v.rows(side, 0, 1, offset)[0] for side in tables)
+    work, target, minus_beta = v.scratch(scratch), v.row(out), v.broadcast(factors[1] + m * 8)
+    (z,) = v.rows(tables[1] + m * 8, 0, 1, offset) if base == "z" else (None,)
 
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, storage.literal_value, compute.literal_value)
-        m, table, weights, first, offset, steps, out = args[5:]
-        grads, factors = v.at(table, m, 8), v.at(weights, m, 8)
-        origin = v.pointers(table, 0, 1, offset) + v.pointers(grads, 0, 1, offset)
-        starts = v.pointers(table, first, rows, offset) + v.pointers(grads, first, rows, offset)
-        following = builder.add(first, ir.Constant(first.type, rows))
-        is_last = builder.icmp_signed(">", v.at(following, rows), m)
-        following = builder.select(is_last, ir.Constant(first.type, 1), following)
-        at_following = builder.select(is_last, v.at(offset, -BLOCK), offset)
-        ahead = [start for side in (table, grads) for start in v.pointers(side, following, rows, at_following)]
-        firsts = [v.at(side, first, 8) for side in (weights, factors)]
-        scales = [v.broadcast(v.at(side, 8 * k)) for side in firsts for k in range(rows)]
-        step_to = v.pointers(v.at(grads, m, 8), 0, 1, offset)[0] if source_ == "z" else None
-        minus_beta = v.broadcast(v.at(factors, m, 8)) if source_ == "mean" else None
-        checked = v.variable()
-        builder.store(v.constant(0.0), checked)
-        with v.loop(steps) as step:
-            at_step = builder.mul(step.index, ir.Constant(step.index.type, v.stride))
-            theta_0, grad_0 = (v.load(v.at(start, at_step)) for start in origin)
-            if source_ == "mean":
-                value = v.fma(minus_beta, grad_0, theta_0)
-            elif source_ == "z":
-                value = v.load(v.at(step_to, at_step))
-                if not rows:  # no difference to carry a NaN of the only worker
-                    for origin_value in (theta_0, grad_0):
-                        value = v.add(value, v.sub(origin_value, origin_value))
-            else:
-                value = v.load_work(v.at(out, step.index, VECTOR_BYTES))
-            terms = [v.load(v.at(start, at_step)) for start in starts]
-            for start in ahead:
-                v.prefetch(v.at(start, at_step))
-            for k, (term, scale) in enumerate(zip(terms, scales, strict=True)):
-                value = v.fma(scale, v.sub(term, theta_0 if k < rows else grad_0), value)
-            if target_ == "work":
-                v.store_work(value, v.at(out, step.index, VECTOR_BYTES))
-            else:
-                stored = v.store(value, v.at(out, at_step), nontemporal=target_ == "stream")
-                builder.store(v.fma(stored, v.constant(0.0), builder.load(checked)), checked)
-        return v.all_zero(builder.load(checked))
+    def start(c, theta, grad):
+        """The combination before any row but the first is added."""
+        if base == "mean":
+            return theta + minus_beta * grad
+        # With one worker there is no difference that would carry a NaN of it.
+        return z[c] if rows else z[c] + (theta - theta) + (grad - grad)
 
-    return INT(count, storage, compute, source, target, m, table, weights, first, offset, steps, out), codegen
+    def finish(c, value):
+        stored = target.store(c, value, nontemporal=bool(streamed))
+        checked[0] += stored * v.constant(0.0)
 
+    def add_rows(first, count: int, begin, end) -> None:
+        """Add p_k(θ_k − θ_0) + q_k(g_k − g_0) for so many rows, and prefetch the next ones."""
+        last = first + 2 * count > m
+        ahead = v.select(last, 1, first + count), v.select(last, offset - BLOCK, offset)
+        added = [row for side in tables for row in v.rows(side, first, count, offset)]
+        ahead = [row for side in tables for row in v.rows(side, ahead[0], count, ahead[1])]
+        scales = [v.broadcast(side + (first + k) * 8) for side in factors for k in range(count)]
+        for c in v.range(steps):
+            origins = [theta_0[c]] * count + [grad_0[c]] * count
+            value = begin(c, theta_0[c], grad_0[c])
+            terms = [row[c] for row in added]
+            for row in ahead:
+                v.prefetch(row.at(c))
+            for scale, term, origin in zip(scales, terms, origins, strict=True):
+                value += scale * (term - origin)
+            end(c, value)
 
-@intrinsic(prefer_literal=True)
-def _store_rounded(typingctx, storage, compute, target, work, steps, out):
-    """Round scratch to `storage` in `out`; 1 if all that was stored is finite, else 0."""
+    first = v.integer(1)
+    if rows <= UNROLLED:
+        add_rows(first, rows, start, finish)
+        return v.all_zero(checked[0])
 
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, storage.literal_value, compute.literal_value)
-        work, steps, out = args[3:]
-        checked = v.variable()
-        builder.store(v.constant(0.0), checked)
-        with v.loop(steps) as step:
-            value = v.load_work(v.at(work, step.index, VECTOR_BYTES))
-            there = v.at(out, step.index, v.stride)
-            stored = v.store(value, there, nontemporal=target.literal_value == "stream")
-            builder.store(v.fma(stored, v.constant(0.0), builder.load(checked)), checked)
-        return v.all_zero(builder.load(checked))
+    def resume(c, *_):
+        return work[c]
 
-    return INT(storage, compute, target, work, steps, out), codegen
+    add_rows(first, ROWS_PER_PASS, start, work.__setitem__)
+    passes = (m - 1) // ROWS_PER_PASS
+    for k in v.range(1, passes):
+        add_rows(1 + k * ROWS_PER_PASS, ROWS_PER_PASS, resume, work.__setitem__)
+    for k in v.range(1 + passes * ROWS_PER_PASS, m):
+        add_rows(k, 1, resume, work.__setitem__)
+    for c in v.range(steps):
+        finish(c, work[c])
+    return v.all_zero(checked[0])

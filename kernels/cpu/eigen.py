@@ -15,9 +15,8 @@ from functools import cache
 import numpy as np
 from numba import carray
 
-from fastnewton.kernels.cpu.jit import jit, kernel
-from fastnewton.kernels.cpu.memory import pointer_at
-from fastnewton.kernels.cpu.threads import address, call, keep
+from fastnewton.kernels.cpu.jit import INT, address, call, code_address, jit
+from fastnewton.kernels.cpu.memory import integers, keep_alive, pointer_at, stack_memory
 
 COMPILED_LIMIT = 128  # workers; LAPACK is faster above, but its threads then spin where the thread pool should run
 _MAX_QL_STEPS = 60  # for one eigenvalue; two or three are usual
@@ -36,7 +35,7 @@ def eigensolver(m: int) -> int:
 
 @cache
 def _compiled_eigensolver() -> int:
-    return kernel(_eigh)
+    return code_address(_eigh, INT)
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))
@@ -58,11 +57,11 @@ def _call_lapack(result, error, block):
 @jit
 def solve(solver, matrix, squares, rows):
     """Eigenvalues and, as rows, eigenvectors of a symmetric matrix; false if the solver failed."""
-    block = np.empty(_FIELDS, np.int64)
+    where = stack_memory(_FIELDS)
+    block = integers(where)
     block[0], block[1], block[2], block[3] = matrix.shape[0], address(matrix), address(squares), address(rows)
-    failed = call(solver, address(block))
-    keep(block)
-    keep(matrix)
+    failed = call(solver, where)
+    keep_alive(matrix)
     return failed == 0
 
 
@@ -73,7 +72,7 @@ def _eigh(block):
     Golub & Van Loan, Matrix Computations, sections 8.3.1 and 8.3.3.  Loops throughout: they compile in a fraction of
     the time that whole-array expressions take, and into vectors where they begin at 0.
     """
-    fields = fields_at(block, _FIELDS)
+    fields = integers(block)
     m = fields[0]
     matrix, diagonal, a = matrix_at(fields[1], m), vector_at(fields[2], m), matrix_at(fields[3], m)
     scale = 0.0
@@ -191,11 +190,6 @@ def _ql_step(diagonal, beside, rows, first, last):
     diagonal[first] -= taken
     beside[first] = bulge
     beside[last] = 0.0
-
-
-@jit
-def fields_at(where, count):
-    return carray(pointer_at(where), (count,), np.int64)
 
 
 @jit

@@ -1,39 +1,44 @@
-"""The Gram pass on the CPU: K, b and the norms, from centred rows.
+"""gram: K, b and the norms, from centred rows.
 
-Coordinates are walked in blocks of BLOCK.  A strip of a block is centred and multiplied while it is in the cache; each
-block gives one float64 part, and the parts are added in the tree of `tree.py`.  Vectors are written out by `simd.py`;
-what is compiled for exactly m rows, one dtype and one precision is cached on disk.  Rows are given as tables of
-addresses, so that strided arrays and separate vectors are the same thing.
+Formula      K_ij = Σ_c x_i(c)·x_j(c), b_i = Σ_c x_i(c)·z(c), Σ ḡ², Σ z², with x_i = g_i − ḡ and z = ḡ unless given;
+             with thetas (for `lr_cap`) also those of t_i = θ_i − θ̄, in float64: the smallest directions of Θ drown in
+             the rounding of float32 products; joint: all products of t_i, θ̄, x_i and ḡ, in float64;
+             row products: (g_i − r)·(g − r) and (g − r)·r for one row g.
+Shapes       rows: m vectors of length n, as a table of addresses, so that strided arrays and separate vectors are the
+             same thing; z: a vector of length n; parts: (subtrees of blocks, products) float64.
+Traffic      reads m·n·itemsize bytes once (and z), with thetas or joint 2m·n·itemsize, row products (m + 2)·n·itemsize.
+Rounding     the mean and the centred values stay in registers, or in L1; a float32 lane takes at most 256 terms, lanes
+             are added pairwise, and from there on sums are float64.
+Determinism  a block's strips are added in turn, then blocks in the order of `tree.py`: the same bits for any number of
+             threads or ranks.
+Launch       tasks are subtrees of blocks; the threads take them from a shared counter.  A block is centred and
+             multiplied strip by strip, a strip being what stays in L1 and L2 while its products are formed.
 """
 
+import itertools
 import math
 from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
 
 from fastnewton.dtypes import DTYPES
-from fastnewton.kernels.cpu import threads, tree, workspace
-from fastnewton.kernels.cpu.jit import FLOATS, INT, INTS, INTS_2D, entry, jit, kernel
-from fastnewton.kernels.cpu.memory import clear_bytes, copy_rows, itemsize_of, pointer_at
-from fastnewton.kernels.cpu.simd import CACHE_LINE, REGISTERS, VECTOR_BYTES, Vectors, lanes
-from fastnewton.kernels.cpu.threads import PIECES_PER_THREAD, THREADED_BYTES, THREADED_FLOPS, add, address, keep
-from fastnewton.kernels.cpu.tree import BLOCK, blocks
+from fastnewton.kernels.cpu import threads, tree
+from fastnewton.kernels.cpu.jit import FLOATS, INT, INTS, INTS_2D, address, call, code_address, entry, jit
+from fastnewton.kernels.cpu.memory import copy, copy_rows, fetch_and_add, integers, stack_memory
+from fastnewton.kernels.cpu.simd import CACHE_LINE, REGISTERS, VECTOR_BYTES, Constant, kernel
+from fastnewton.kernels.cpu.threads import TASKS_PER_THREAD, THREADED_BYTES, THREADED_FLOPS
+from fastnewton.kernels.cpu.tree import BLOCK
 
-LOG_STRIP = 8
-STRIP = 1 << LOG_STRIP  # coordinates of a block whose rows stay in a near cache while the pairs are gone through
-STRAIGHT = 16  # up to this many workers, straight-line code for exactly m rows; above, square tiles of pairs
+STRIP = 256  # coordinates of a block whose rows stay in L1 and L2 while their products are formed
+UNROLLED = 16  # up to this many workers, straight-line code for exactly m rows; above, square tiles of products
 TILE = 5 if REGISTERS == 32 else 3  # TILE² sums, the chains that hide an addition's latency, and TILE + 1 rows
 ON_DIAGONAL = TILE * (TILE + 3) // 2  # products of TILE rows with each other and with one more row
-GATHERED = 8  # rows that are added to the mean per round
-PACE = 8  # binary places of the bytes that are fetched per step
-DENSE = 16  # workers per byte of a value beyond which memory is not the limit, and strips are twice as long
-ROW_GAP = 64  # bytes between rows of the longest centred strip, or they would all fall into one set of the cache
-PARTS_BYTES = 1 << 26  # of the parts of all pieces, which grow with m²
+ROWS_PER_MEAN_PASS = 8  # rows that are added to the mean at once
+COMPUTE_BOUND_ROWS = 16  # rows per byte of a value above which the Gram is compute-bound, and strips are twice as long
+ROW_PADDING = 64  # bytes between rows of the longest centred strip: avoids L1 set conflicts
+PREFETCH_SHIFT = 8  # fixed-point bits of the bytes that are prefetched per step
+PARTS_BYTES = 1 << 26  # of the parts of all tasks, which grow with m²
 
 
 class RawGram(NamedTuple):
@@ -45,134 +50,155 @@ class RawGram(NamedTuple):
     cross: np.ndarray | None = None  # of the rows of thetas with those of grads and, last, ḡ
 
 
+class Pass(NamedTuple):
+    """One kernel's share of a block: its code, the first row that it reads, and the numbers in its part."""
+
+    code: int
+    first_row: int
+    size: int
+
+
+# -- from Python ----------------------------------------------------------------------------------------------
+
+
 def layout() -> tuple[int, int, int]:
-    """What ranks must agree on for their parts to be added."""
+    """Return what ranks must agree on for their parts to be added."""
     return BLOCK, TILE, VECTOR_BYTES
 
 
-# K = GᵀG (m, m), b = Gᵀz (m,), zᵀz and ‖ḡ‖², where z is ḡ unless given; with thetas also ΘᵀΘ and ‖θ̄‖², in float64
-# because the smallest directions of Θ drown in the rounding of float32 products.
-# Bytes: m·n·itemsize, twice that with thetas.  Flops: m(m+1)n + 2mn, twice that with thetas.
-# The joint Gram has all products of Θ, θ̄, G and ḡ, in float64.  Bytes: 2m·n·itemsize.  Flops: (2m+2)(2m+3)n.
-# Bits: a float32 lane takes at most 256 terms, lanes are added pairwise, and from there on all is float64, a block's
-# strips in turn, then blocks in the order of the tree: the same for any number of threads or ranks.
-
-
 def gram(grads, z=None, thetas=None, *, compute: str) -> RawGram:
-    """K, b and the norms over all coordinates; arguments as in `gram_parts`."""
-    parts = _parts_of_gram(grads, z, thetas, compute, 0, blocks(grads.n))
-    return unpacked(_of_all(parts), grads.m, with_z=z is not None, with_thetas=thetas is not None)
+    """Form K, b and the norms over all coordinates.
+
+    grads, thetas and z are Rows of one dtype, z one row; compute is "float32" or "float64", the type in which products
+    of gradients are formed.
+    """
+    values = _total([plain_pass(grads.m, grads.dtype, compute, z is not None)], grads, z)
+    if thetas is not None:  # in turn: two streams of rows at once would be slower
+        values = np.append(values, _total([plain_pass(grads.m, grads.dtype, "float64")], thetas))
+    return unpack(values, grads.m, with_z=z is not None, with_thetas=thetas is not None)
 
 
 def joint_gram(thetas, grads) -> RawGram:
-    """All products of Θ, θ̄, G and ḡ over all coordinates."""
-    return unpacked_joint(_of_all(joint_parts(thetas, grads, first=0, last=blocks(grads.n))), grads.m)
+    """Form all products of Θ, θ̄, G and ḡ over all coordinates."""
+    return unpack_joint(_total([_joint_pass(grads)], thetas, grads), grads.m)
 
 
-def joint_parts(thetas, grads, *, first: int, last: int) -> np.ndarray:
-    """As `gram_parts`, of the joint Gram."""
-    table = np.concatenate([thetas.table, grads.table])
-    passes = [(_gram_kernel_of("joint", grads.dtype), table, joint_size(grads.m))]
-    return _over_blocks(passes, grads.m, grads.n, grads.itemsize, first, last)
+def gram_with_thetas(thetas, grads, z=None, *, compute: str) -> RawGram:
+    """Form `gram` of the gradients, bit by bit, and the other products of `joint_gram`, in one pass."""
+    plain = plain_pass(grads.m, grads.dtype, compute, z is not None, first_row=grads.m)
+    values = _total([plain, _joint_pass(grads)], thetas, grads, z)
+    raw = unpack(values, grads.m, with_z=z is not None)
+    return unpack_joint(values[plain.size :], grads.m)._replace(products=raw.products)
 
 
-def gram_parts(grads, thetas=None, *, compute: str, first: int, last: int) -> np.ndarray:
-    """The parts of blocks first … last−1, as the maximal subtrees of that run; without z.
-
-    grads and thetas are Rows of one shape and dtype; compute is "float32" or "float64", the type in which products of
-    gradients are formed.
-    """
-    return _parts_of_gram(grads, None, thetas, compute, first, last)
-
-
-def _parts_of_gram(grads, z, thetas, compute: str, first: int, last: int):
-    m = grads.m
-    with_z, with_thetas = z is not None, thetas is not None
-    table = np.concatenate([grads.table, z.table]) if with_z else grads.table
-    passes = [(_gram_kernel(m, grads.dtype, compute, with_z), table, _gram_size(m, with_z))]
-    if with_thetas:
-        passes.append((_gram_kernel(m, grads.dtype, "float64", False), thetas.table, _gram_size(m, False)))
-    return _over_blocks(passes, m, grads.n, grads.itemsize, first, last)
+def gram_parts(grads, thetas=None, *, compute: str, first: int, blocks: int) -> np.ndarray:
+    """Form the parts of `gram` of Rows that begin at block `first` of so many, as the maximal subtrees of their run."""
+    parts = _parts([plain_pass(grads.m, grads.dtype, compute)], [grads], first, blocks)
+    if thetas is None:
+        return parts
+    return np.hstack([parts, _parts([plain_pass(grads.m, grads.dtype, "float64")], [thetas], first, blocks)])
 
 
-def _over_blocks(passes, m: int, n: int, itemsize: int, first: int, last: int) -> np.ndarray:
-    """The parts of the maximal subtrees of a run of blocks; a pass is a kernel, its table of rows, and the numbers in
-    its parts."""
-    helpers = threads.helpers_for(m * n * itemsize >= THREADED_BYTES or m * m * n >= THREADED_FLOPS)
-    places = _pieces(first, last, blocks(n), helpers, sum(size for *_, size in passes))
-    words, found = threads.team.words, []
-    for code, table, size in passes:
-        room = workspace.borrowed(_room(len(places), size, table.size, last, helpers))
-        if not _run_gram(words, helpers, code, m, table, n, places, last, size, room):
-            raise MemoryError("no memory for the scratch of a kernel")
-        found.append(tree.merged(places, _sums(places, size, room), first, last, blocks(n)))
-        workspace.returned(room)
-    return found[0] if len(found) == 1 else np.hstack(found)
-
-
-def _of_all(parts: np.ndarray) -> np.ndarray:
-    """The one part of all blocks; zeros where there are no blocks."""
-    return parts[0] if len(parts) else np.zeros(parts.shape[1])
-
-
-def _room(pieces: int, size: int, rows: int, last: int, helpers: int) -> int:
-    """Numbers that `_gram_on_threads` needs room for: the parts of all pieces, and each thread's own."""
-    straight = (STRAIGHT + 2) * STRIP * 8 + (len(_pairs(STRAIGHT, True)) + 1) * VECTOR_BYTES
-    tiled = (rows + 2 * TILE) * _row_bytes("float64")  # whole tiles, and two means
-    work = max(straight, tiled) + CACHE_LINE
-    return pieces * size + (helpers + 1) * (work // 8 + (last.bit_length() + 1) * size)
-
-
-@lru_cache(maxsize=256)
-def _pieces(first: int, last: int, count: int, helpers: int, numbers: int) -> np.ndarray:
-    """Pieces of work, as subtrees of the tree over all blocks: one of them for one thread, several for each of more."""
-    level = (last - first).bit_length()
-    if helpers:
-        level = max(0, ((last - first) // (PIECES_PER_THREAD * (helpers + 1))).bit_length() - 1)
-    pieces = tree.subtrees(first, last, count, max(level, _level_that_fits(numbers, last - first)))
-    return np.array(pieces, np.int64).reshape(-1, 2)
-
-
-def unpacked(values: np.ndarray, m: int, *, with_z: bool, with_thetas: bool) -> RawGram:
-    """K, b and the norms, from the part of all blocks."""
-    size = _gram_size(m, with_z)
-    raw = RawGram(m, _unpacked(values[:size], m, with_z))
-    if not with_thetas:
-        return raw
-    return raw._replace(of_thetas=_unpacked(values[size:], m, False))
-
-
-def unpacked_joint(values: np.ndarray, m: int) -> RawGram:
-    """As `unpacked`, of the joint Gram."""
-    every = values[_joint_positions(m)]
-    return RawGram(m, every[m + 1 :, m + 1 :], every[: m + 1, : m + 1], every[:m, m + 1 :])
+def joint_parts(thetas, grads, *, first: int, blocks: int) -> np.ndarray:
+    """Form the parts of `joint_gram`, as `gram_parts`."""
+    return _parts([_joint_pass(grads)], [thetas, grads], first, blocks)
 
 
 def row_products(grads, row, reference) -> tuple[np.ndarray, float]:
-    """(g_i − r)ᵀ(g − r) for every row g_i, and (g − r)ᵀr, for Rows g and r of one row, in float64.
-
-    Bytes: (m + 2)·n·itemsize.  Flops: 3mn.  The same bits for any number of threads.
-    """
-    table = np.concatenate([grads.table, row.table, reference.table])
-    passes = [(_gram_kernel_of("row", grads.dtype), table, grads.m + 1)]
-    values = _of_all(_over_blocks(passes, grads.m, grads.n, grads.itemsize, 0, blocks(grads.n)))
+    """Form (g_i − r)ᵀ(g − r) for every row g_i, and (g − r)ᵀr, for Rows g and r of one row, in float64."""
+    passes = [Pass(_row_block.address(grads.dtype, "float64"), 0, grads.m + 1)]
+    values = _total(passes, grads, row, reference)
     return values[:-1], float(values[-1])
 
 
-def part_size(m: int, *, with_z: bool, with_thetas: bool) -> int:
-    """Numbers in one part."""
-    return _gram_size(m, with_z) + with_thetas * _gram_size(m, False)
+def _joint_pass(grads) -> Pass:
+    return Pass(_tiled_block.address(grads.dtype, "float64", 1, 0), 0, joint_size(grads.m))
+
+
+def plain_pass(m: int, storage: str, compute: str, with_z: bool = False, *, first_row: int = 0) -> Pass:
+    """Return the pass of exactly m rows up to UNROLLED, of any number of them above; z is the row after them."""
+    if m <= UNROLLED:
+        code = _unrolled_block.address(storage, compute, m, int(with_z))
+    else:
+        code = _tiled_block.address(storage, compute, 0, int(with_z))
+    return Pass(code, first_row, _size(m, with_z))
+
+
+def _total(passes: list[Pass], *matrices) -> np.ndarray:
+    """Form the one part of all blocks, zeros where there is none; `matrices` are the Rows that the passes read."""
+    parts = _parts(passes, matrices, 0, tree.blocks(matrices[0].n))
+    return parts[0] if len(parts) else np.zeros(parts.shape[1])
+
+
+def _parts(passes: list[Pass], matrices, first: int, blocks: int) -> np.ndarray:
+    """Form the parts of the maximal subtrees of a run of blocks."""
+    matrices = [rows for rows in matrices if rows is not None]
+    m, n, itemsize = matrices[0].m, matrices[0].n, matrices[0].itemsize
+    table = np.concatenate([rows.table for rows in matrices])
+    workers = threads.workers_for(m * n * itemsize >= THREADED_BYTES or m * m * n >= THREADED_FLOPS)
+    tasks, passes, *sizes, memory = plan(passes, len(table), n, itemsize, first, blocks, workers)
+    memory = np.empty(memory)
+    _run_gram(threads.pool.address, workers, passes, m, table, n, itemsize, first, tasks, *sizes, memory)
+    parts = memory[: len(tasks) * sizes[0]].reshape(len(tasks), sizes[0])
+    return tree.merged(tasks, parts, first, first + tree.blocks(n), blocks)
+
+
+def plan(passes: list[Pass], rows: int, n: int, itemsize: int, first: int, blocks: int, workers: int) -> tuple:
+    """Return the tasks, the passes and the sizes of a part and a thread's memory, for `gram_on_threads`; and the
+    float64 numbers that its memory must hold."""
+    size, count = sum(each.size for each in passes), tree.blocks(n)
+    tasks = _tasks(first, first + count, blocks, workers, size)
+    unrolled = (UNROLLED + 2) * STRIP * 8 + (len(_pairs(UNROLLED, True)) + 1) * VECTOR_BYTES
+    tiled = (rows + 2 * TILE) * _row_bytes("float64")  # whole tiles, and two means
+    scratch = -(-max(unrolled, tiled) // CACHE_LINE) * CACHE_LINE
+    per_thread = scratch + 8 * size * (count.bit_length() + 1)
+    per_thread += -per_thread % CACHE_LINE
+    tail = rows * (8 + BLOCK * itemsize)
+    memory = len(tasks) * size + ((workers + 1) * per_thread + tail + CACHE_LINE) // 8
+    codes = np.array([code_address(_add_blocks, INT), *itertools.chain(*passes)])
+    return tasks, codes, size, scratch, per_thread, memory
+
+
+@lru_cache(maxsize=256)
+def _tasks(first: int, last: int, blocks: int, workers: int, size: int) -> np.ndarray:
+    """Return the tasks, as subtrees of the tree over all blocks: one for one thread, several for each of more."""
+    level = (last - first).bit_length()
+    if workers:
+        level = max(0, ((last - first) // (TASKS_PER_THREAD * (workers + 1))).bit_length() - 1)
+    level = max(level, ((last - first) * size * 8 // PARTS_BYTES).bit_length())  # so that the parts of all tasks fit
+    return np.array(tree.subtrees(first, last, blocks, level), np.int64).reshape(-1, 2)
+
+
+# -- where products stand in a part -----------------------------------------------------------------------------
+
+
+def unpack(values: np.ndarray, m: int, *, with_z: bool = False, with_thetas: bool = False) -> RawGram:
+    """Return the products of `gram`, from the part of all blocks."""
+    raw = RawGram(m, values[positions(m, with_z)])
+    return raw._replace(of_thetas=values[_size(m, with_z) :][positions(m)]) if with_thetas else raw
+
+
+def unpack_joint(values: np.ndarray, m: int) -> RawGram:
+    """Return the products of `joint_gram`, from the part of all blocks."""
+    every = values[positions(m, joint=True)]
+    return RawGram(m, every[m + 1 :, m + 1 :], every[: m + 1, : m + 1], every[:m, m + 1 :])
+
+
+def part_size(m: int, *, with_thetas: bool) -> int:
+    """Count the numbers in one part of `gram_parts`."""
+    return (1 + with_thetas) * _size(m)
 
 
 def joint_size(m: int) -> int:
-    """Numbers in one part of the joint Gram."""
-    side = 2 * _tiles(m)
-    return ON_DIAGONAL * side + TILE * TILE * math.comb(side, 2) + 2
+    """Count the numbers in one part of `joint_parts`."""
+    return _size(m, joint=True)
 
 
-def _level_that_fits(numbers: int, count: int) -> int:
-    """log₂ of the blocks in a piece of work whose part has so many numbers, for the parts of all pieces to fit."""
-    return (count * numbers * 8 // PARTS_BYTES).bit_length()
+def _size(m: int, with_z: bool = False, joint: bool = False) -> int:
+    if m <= UNROLLED and not joint:
+        return len(_pairs(m, with_z))
+    panels = (1 + joint) * _tiles(m)
+    return ON_DIAGONAL * panels + TILE * TILE * math.comb(panels, 2) + 1 + (with_z or joint)
 
 
 def _tiles(rows: int) -> int:
@@ -181,284 +207,152 @@ def _tiles(rows: int) -> int:
 
 @cache
 def _pairs(m: int, with_z: bool) -> list[tuple[int, int]]:
-    """The products that straight-line code forms; row m is the mean, row m + 1 is z."""
+    """Return the products that straight-line code forms; row m is the mean, row m + 1 is z."""
     last = m + with_z
     within = [(i, j) for i in range(m) for j in range(i, m)]
     return within + [(i, last) for i in range(m)] + [(m, m)] + ([(last, last)] if with_z else [])
 
 
-def _sums(places, size: int, room: np.ndarray) -> np.ndarray:
-    """The parts that `_gram_on_threads` has put there."""
-    return room[: len(places) * size].reshape(-1, size)
-
-
-def _gram_size(m: int, with_z: bool) -> int:
-    if m <= STRAIGHT:
-        return len(_pairs(m, with_z))
-    return ON_DIAGONAL * _tiles(m) + TILE * TILE * math.comb(_tiles(m), 2) + 1 + with_z
-
-
-def _unpacked(values: np.ndarray, m: int, with_z: bool) -> np.ndarray:
-    """The symmetric matrix of products, rows of the mean and of z last."""
-    return values[_positions(m, with_z)]
-
-
 @lru_cache(maxsize=64)
-def _positions(m: int, with_z: bool) -> np.ndarray:
-    """Where the product of rows i and j stands in a part; 0 for those that are not formed, of the mean beside z."""
-    found = np.zeros((m + 1 + with_z, m + 1 + with_z), np.intp)
-    if m <= STRAIGHT:
+def positions(m: int, with_z: bool = False, joint: bool = False) -> np.ndarray:
+    """Return where the product of rows i and j stands in a part, 0 for those not formed, of a mean beside another last
+    row: rows, their mean, then z; joint: the rows of Θ, θ̄, the rows of G, ḡ."""
+    height = (1 + joint) * (m + 1) + with_z
+    places, last = np.zeros((height, height), np.intp), height - 1
+    if m <= UNROLLED and not joint:
         i, j = np.transpose(_pairs(m, with_z))
-        found[i, j] = np.arange(i.size)
-        return np.maximum(found, found.T)
-    last = m + with_z
-    found[:m, :m], found[:m, last] = _in_tiles(m, 1)
-    found[[m, last], [m, last]] = _gram_size(m, with_z) - 1 - with_z, _gram_size(m, with_z) - 1
-    return np.maximum(found, found.T)
+        places[i, j] = np.arange(i.size)
+        return np.maximum(places, places.T)
+    # Row k of a stack is row x of a panel of TILE rows; a panel's own products come first, then those of two panels.
+    panels = (1 + joint) * _tiles(m)
+    within, pairs = np.zeros((TILE, TILE + 1), np.intp), np.zeros((panels, panels), np.intp)
+    within[np.triu_indices(TILE, 0, TILE + 1)] = np.arange(ON_DIAGONAL)
+    pairs[np.triu_indices(panels, 1)] = ON_DIAGONAL * panels + TILE * TILE * np.arange(math.comb(panels, 2))
+    rows = np.r_[:m, m + 1 : 2 * m + 1] if joint else np.arange(m)
+    panel, x = np.divmod(np.tile(np.arange(m), 1 + joint), TILE)
+    panel += np.repeat(np.arange(1 + joint), m) * _tiles(m)
+    i, j = panel[:, None], panel
+    inside = np.where(i == j, ON_DIAGONAL * i + within[x[:, None], x], pairs[i, j] + TILE * x[:, None] + x)
+    places[np.ix_(rows, rows)], places[rows, last] = np.triu(inside), ON_DIAGONAL * panel + within[x, TILE]
+    places[[m, last], [m, last]] = _size(m, with_z, joint) - 1 - (with_z or joint), _size(m, with_z, joint) - 1
+    return np.maximum(places, places.T)
 
 
-@lru_cache(maxsize=8)
-def _joint_positions(m: int) -> np.ndarray:
-    """As `_positions`, for the rows of Θ, θ̄, the rows of G, ḡ; 0 too for those of θ̄ beside its own norm."""
-    found = np.zeros((2 * m + 2, 2 * m + 2), np.intp)
-    rows = np.r_[:m, m + 1 : 2 * m + 1]
-    found[np.ix_(rows, rows)], found[rows, -1] = _in_tiles(m, 2)
-    found[[m, -1], [m, -1]] = joint_size(m) - 2, joint_size(m) - 1
-    return np.maximum(found, found.T)
+# -- over all blocks, compiled once -----------------------------------------------------------------------------
 
-
-def _in_tiles(m: int, stacks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the products of the rows of stacks stand, on and above the diagonal, and those with the last row."""
-    side = stacks * _tiles(m)
-    on_diagonal = np.zeros((TILE, TILE + 1), np.intp)
-    on_diagonal[np.triu_indices(TILE, 0, TILE + 1)] = np.arange(ON_DIAGONAL)
-    tiles = np.zeros((side, side), np.intp)
-    tiles[np.triu_indices(side, 1)] = ON_DIAGONAL * side + TILE * TILE * np.arange(math.comb(side, 2))
-    panel, x = np.divmod(np.arange(m), TILE)
-    panel, x = np.concatenate([panel + k * _tiles(m) for k in range(stacks)]), np.tile(x, stacks)
-    i, j = panel[:, None], panel[None, :]
-    inside = np.where(i == j, ON_DIAGONAL * i + on_diagonal[x[:, None], x], tiles[i, j] + TILE * x[:, None] + x)
-    return np.triu(inside), ON_DIAGONAL * panel + on_diagonal[x, TILE]
-
-
-@cache
-def _gram_kernel(m: int, storage: str, compute: str, with_z: bool) -> int:
-    """Compiled for exactly m rows up to STRAIGHT, for any number of them above."""
-    if m <= STRAIGHT:
-        return kernel(_gram_run, "straight", m, storage, compute, int(with_z))
-    return _tiled_kernel(storage, compute, with_z)
-
-
-@cache
-def _tiled_kernel(storage: str, compute: str, with_z: bool) -> int:
-    return kernel(_gram_run, "tiled", 0, storage, compute, int(with_z))
-
-
-@cache
-def _gram_kernel_of(kind: str, storage: str) -> int:
-    """Compiled for any number of rows: the "joint" products of two stacks, or those of one "row" with the others."""
-    return kernel(_gram_run, kind, 0, storage, "float64", 0)
+# The argument block.  A pass is three numbers, as in `Pass`; a thread's memory is scratch and then a stack of parts.
+(
+    M, TABLE, ROWS, N, ITEM_BYTES, FIRST, TASKS, TASK_COUNT, PASSES, PASS_COUNT, SIZE, PARTS,
+    THREADS_MEMORY, PER_THREAD, SCRATCH_BYTES, TAIL, NEXT_TASK, THREADS_COME, ARGUMENTS,
+) = range(19)  # fmt: skip
 
 
 @jit
-def _gram_on_threads(team, helpers, code, m, table, n, places, last, size, room):
-    """Run a gram kernel over the pieces, whose parts come first in `room`; false if it failed."""
-    counters = np.zeros(2, np.int64)  # pieces taken, threads that have come
-    own = address(room) + 8 * len(places) * size
-    job = np.empty(12, np.int64)
-    job[0], job[1], job[2], job[3], job[4] = m, address(table), table.size, n, last
-    job[5], job[6], job[7] = address(places), len(places), address(counters)
-    job[8], job[9], job[10], job[11] = address(room), size, own, (address(room) + 8 * room.size - own) // (helpers + 1)
-    done = threads.shared(team, code, helpers, job)
-    keep(counters)
-    return done
-
-
-_run_gram = entry(_gram_on_threads, INTS, INT, INT, INT, INTS, INT, INTS_2D, INT, INT, FLOATS)
+def gram_on_threads(
+    pool, workers, passes, m, table, n, itemsize, first, tasks, size, scratch, per_thread, memory
+):  # fmt: skip
+    """Run the passes over all tasks, whose parts come first in `memory`; passes[0] is the code of `_add_blocks`."""
+    where = stack_memory(ARGUMENTS)
+    block = integers(where)
+    block[M], block[TABLE], block[ROWS], block[N] = m, address(table), table.size, n
+    block[ITEM_BYTES], block[FIRST] = itemsize, first
+    block[TASKS], block[TASK_COUNT] = address(tasks), tasks.shape[0]
+    block[PASSES], block[PASS_COUNT] = address(passes) + 8, passes.size // 3
+    block[SIZE], block[PARTS] = size, address(memory)
+    block[THREADS_MEMORY] = (address(memory) + 8 * size * tasks.shape[0] + 63) & ~63
+    block[PER_THREAD], block[SCRATCH_BYTES] = per_thread, scratch
+    block[TAIL] = block[THREADS_MEMORY] + (workers + 1) * per_thread
+    block[NEXT_TASK], block[THREADS_COME] = 0, 0
+    threads.run(pool, workers, passes[0], where, ARGUMENTS)
 
 
 @jit
-def _gram_run(job, kind, exactly, storage, compute, with_z):
-    """The sums over those pieces, (start, level) of subtrees, that no other thread has taken.
-
-    The blocks' parts are added in a binary counter, whose digits are complete subtrees.
-    """
-    words = carray(pointer_at(job), (12,), np.int64)
-    m, rows, n, last, itemsize = words[0], words[2], words[3], words[4], itemsize_of(storage)
-    table, pieces = (
-        carray(pointer_at(words[1]), (rows,), np.int64),
-        carray(pointer_at(words[5]), (words[6], 2), np.int64),
-    )
-    size, depth, own = words[9], _digits(last) + 1, words[10] + words[11] * add(words[7] + 8, 1)
-    sums, scratch = carray(pointer_at(words[8]), (words[6], size), np.float64), (own + 63) & ~63
-    stack = carray(pointer_at(own + words[11] - 8 * depth * size), (depth, size), np.float64)
-    padded = np.empty(0, np.uint8)
-    index = add(words[7], 1)
-    while index < len(pieces):
-        first, level = pieces[index]
-        height = 0
-        for block in range(first, min(first + (1 << level), last)):
-            here, offset, length = table, block * BLOCK, n - block * BLOCK
-            if length < BLOCK:
-                strips = (length + STRIP - 1) // STRIP
-                here, padded = np.empty_like(table), np.zeros(rows * strips * STRIP * itemsize, np.uint8)
-                copy_rows(table, here, offset * itemsize, length * itemsize, strips * STRIP * itemsize, padded)
-                offset, length = 0, strips * STRIP
-            strips = min(length, BLOCK) // STRIP
-            part = address(stack[height])
-            _gram_block(kind, exactly, storage, compute, with_z, m, address(here), offset, strips, scratch, part)
-            keep(here)
-            keep(padded)
-            height += 1
-            digit = block - first
+def _add_blocks(where):
+    """Add up the parts of blocks, task by task, in a binary counter whose digits are complete subtrees."""
+    block = integers(where)
+    m, table, n, itemsize, size = block[M], block[TABLE], block[N], block[ITEM_BYTES], block[SIZE]
+    scratch = block[THREADS_MEMORY] + fetch_and_add(where + 8 * THREADS_COME, 1) * block[PER_THREAD]
+    stack, blocks = scratch + block[SCRATCH_BYTES], (n + BLOCK - 1) // BLOCK
+    tasks, passes, count = integers(block[TASKS]), integers(block[PASSES]), block[PASS_COUNT]
+    task = fetch_and_add(where + 8 * NEXT_TASK, 1)
+    while task < block[TASK_COUNT]:
+        first, top = tasks[2 * task] - block[FIRST], stack
+        for k in range(first, min(first + (1 << tasks[2 * task + 1]), blocks)):
+            rows, offset, strips = table, k * BLOCK, BLOCK // STRIP
+            if n - offset < BLOCK:  # padded with zeros to whole strips
+                rows, strips = block[TAIL], (n - offset + STRIP - 1) // STRIP
+                length, stride = (n - offset) * itemsize, strips * STRIP * itemsize
+                copy_rows(table, rows, block[ROWS], offset * itemsize, length, stride, rows + 8 * block[ROWS])
+                offset = 0
+            part = top
+            for index in range(0, 3 * count, 3):
+                call(passes[index], m, rows + 8 * passes[index + 1], offset, strips, scratch, part)
+                part += 8 * passes[index + 2]
+            top += 8 * size
+            digit = k - first
             while digit & 1:
-                height -= 1
-                tree.add_to(stack[height - 1], stack[height])
+                top -= 8 * size
+                tree.add_to(top - 8 * size, top, size)
                 digit >>= 1
-        while height > 1:
-            height -= 1
-            tree.add_to(stack[height - 1], stack[height])
-        sums[index] = stack[0]
-        index = add(words[7], 1)
+        while top > stack + 8 * size:
+            top -= 8 * size
+            tree.add_to(top - 8 * size, top, size)
+        copy(block[PARTS] + 8 * size * task, stack, 8 * size)
+        task = fetch_and_add(where + 8 * NEXT_TASK, 1)
 
 
-@jit
-def _digits(number):
-    digits = 1
-    while number > 1:
-        number >>= 1
-        digits += 1
-    return digits
+_run_gram = entry(gram_on_threads, INT, INT, INTS, INT, INTS, INT, INT, INT, INTS_2D, INT, INT, INT, FLOATS)
+
+
+# -- one block, compiled for each kind of rows --------------------------------------------------------------------
 
 
 def _row_bytes(compute: str) -> int:
-    return 2 * STRIP * DTYPES[compute].itemsize + ROW_GAP
+    """Return the bytes from one row of a centred strip to the next."""
+    return 2 * STRIP * DTYPES[compute].itemsize + ROW_PADDING
 
 
-def _gram_block(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-    """The products of one block, written to `sums`; only ever called from compiled code."""
+@kernel
+def _unrolled_block(v, m: Constant, with_z: Constant, _m, table, offset, strips, scratch, sums):
+    """Form all products of exactly m rows: values, mean and as many sums as fit stay in registers.
 
-
-@overload(_gram_block, prefer_literal=True)
-def _gram_block_compiled(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-    if kind.literal_value == "straight":
-
-        def block(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-            _straight_block(exactly, storage, compute, with_z, table, offset, strips, scratch, sums)
-
-        return block
-
-    row, size, width = (
-        _row_bytes(compute.literal_value),
-        DTYPES[storage.literal_value].itemsize,
-        lanes(compute.literal_value),
-    )
-    joint, log_size = kind.literal_value == "joint", size.bit_length() - 1
-    stacks, extra = 1 + joint, joint or with_z.literal_value
-
-    def tiled(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-        side = (m + TILE - 1) // TILE
-        count = stacks * side
-        tiles = count * (count + 1) // 2
-        norms = sums + 8 * (ON_DIAGONAL * count + TILE * TILE * (tiles - count))
-        panels, pace = scratch + 2 * row, stacks * m * (width * size << PACE) // tiles
-        dense, end = m > DENSE * size, offset + strips * STRIP
-        length, log_bytes = STRIP << dense, LOG_STRIP + dense + log_size
-        clear_bytes(sums, norms + 8 * (1 + extra) - sums)
-        while offset < end:
-            steps, following = min(length, end - offset) // width, offset + length
-            products, last, fetched = sums, scratch, 0
-            _mean(storage, compute, m, table, 0, offset, steps, last, norms)
-            if extra:
-                last += row
-                _mean(storage, compute, m if joint else 1, table, m, offset, steps, last, norms + 8)
-            for i in range(count):
-                stack = i // side
-                rows, first, mean = table + 8 * m * stack, (i - stack * side) * TILE, scratch + stack * row
-                panel, ahead = panels + i * TILE * row, (table, following, log_bytes, fetched, pace)
-                _diagonal(storage, compute, m, rows, first, offset, steps, mean, last, panel, ahead, products)
-                products += 8 * ON_DIAGONAL
-                fetched += steps * pace
-            for i in range(count):
-                for j in range(i + 1, count):
-                    left, right = panels + i * TILE * row, panels + j * TILE * row
-                    ahead = (table, following, log_bytes, fetched, pace)
-                    _tile(storage, compute, left, right, steps, ahead, products)
-                    products += 8 * TILE * TILE
-                    fetched += steps * pace
-            offset = following
-
-    def of_row(kind, exactly, storage, compute, with_z, m, table, offset, strips, scratch, sums):
-        difference, reference, steps = scratch, scratch + row, STRIP // width
-        clear_bytes(sums, 8 * (m + 1))
-        for start in range(offset, offset + strips * STRIP, STRIP):
-            _subtract_reference(storage, compute, m, table, start, steps, difference, reference, sums)
-            k = 0
-            while k + 4 <= m:
-                _multiply_rows(4, storage, compute, table, k, start, steps, difference, reference, sums)
-                k += 4
-            while k < m:
-                _multiply_rows(1, storage, compute, table, k, start, steps, difference, reference, sums)
-                k += 1
-
-    return of_row if kind.literal_value == "row" else tiled
-
-
-@intrinsic(prefer_literal=True)
-def _straight_block(typingctx, m, storage, compute, with_z, table, offset, strips, scratch, sums):
-    """All pairs of exactly m rows: values, mean and as many sums as fit stay in registers.
-
-    What does not fit is summed in further rounds over the strip, from a centred copy in the first-level cache.
+    What does not fit is summed in further rounds over the strip, from a centred copy in L1.
     """
-    rows, with_z_ = m.literal_value, with_z.literal_value
-    pairs = _pairs(rows, with_z_)
-    registers = rows + 1 + with_z_
-    rounds = _rounds(pairs, registers)
+    pairs, height = _pairs(m, with_z), m + 1 + with_z
+    rounds = _rounds(pairs, height)
+    rows, centred = v.rows(table, 0, m + with_z, offset), v.scratch(scratch)
+    totals = v.scratch(scratch + height * STRIP * DTYPES[v.compute].itemsize)
+    place = {pair: k for k, pair in enumerate(pairs)}
+    for k in place.values():
+        totals[k] = v.constant(0.0)
+    for strip in v.range(strips):
+        here = [row.moved(strip * STRIP) for row in rows]
+        for number, members in enumerate(rounds):
+            total = v.sums({pair: totals[place[pair]] for pair in members})
+            for c in v.range(STRIP // v.lanes):
+                if number == 0:
+                    x = _centre(v, [row[c] for row in here], m)
+                    for k in range(height) if len(rounds) > 1 else ():
+                        centred[c * height + k] = x[k]
+                else:
+                    x = {k: centred[c * height + k] for k in sorted({k for pair in members for k in pair})}
+                for row in here[number :: len(rounds)]:
+                    v.prefetch(row.moved(BLOCK).at(c))
+                for i, j in members:
+                    total[i, j] += x[i] * x[j]
+            for pair in members:
+                totals[place[pair]] = total[pair]
+    v.store_lane_sums([totals[k] for k in place.values()], sums)
 
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, storage.literal_value, compute.literal_value)
-        table, offset, strips, scratch, sums = args[4:]
-        starts = v.pointers(table, 0, rows + with_z_, offset)
-        slots = v.at(scratch, registers * STRIP * DTYPES[v.compute].itemsize)
-        slot = {pair: v.at(slots, k * VECTOR_BYTES) for k, pair in enumerate(pairs)}
-        for pair in pairs:
-            v.store_work(v.constant(0.0), slot[pair])
 
-        def centred(step_bytes, here):
-            values = [v.load(v.at(start, step_bytes)) for start in here]
-            mean = v.mul(v.pairwise(values[:rows]), v.constant(1 / rows))
-            return [v.sub(value, mean) for value in values[:rows]] + [mean] + values[rows:]
-
-        with v.loop(strips) as strip:
-            here = [v.at(start, strip.index, STRIP * DTYPES[v.storage].itemsize) for start in starts]
-            for number, members in enumerate(rounds):
-                running = {pair: v.variable() for pair in members}
-                for pair in members:
-                    builder.store(v.load_work(slot[pair]), running[pair])
-                with v.loop(STRIP // v.lanes) as step:
-                    step_bytes = builder.mul(step.index, ir.Constant(step.index.type, v.stride))
-                    copies = v.at(scratch, step.index, registers * VECTOR_BYTES)
-                    if number == 0:
-                        x = dict(enumerate(centred(step_bytes, here)))
-                        for k in x if len(rounds) > 1 else ():
-                            v.store_work(x[k], v.at(copies, k * VECTOR_BYTES))
-                    else:
-                        used = sorted({k for pair in members for k in pair})
-                        x = {k: v.load_work(v.at(copies, k * VECTOR_BYTES)) for k in used}
-                    for start in here[number :: len(rounds)]:
-                        v.prefetch(v.at(v.at(start, step_bytes), BLOCK * DTYPES[v.storage].itemsize))
-                    for i, j in members:
-                        sum_ = running[i, j]
-                        builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
-                for pair in members:
-                    v.store_work(builder.load(running[pair]), slot[pair])
-        v.store_lane_sums([v.load_work(slot[pair]) for pair in pairs], sums)
-
-    return types.void(m, storage, compute, with_z, table, offset, strips, scratch, sums), codegen
+def _centre(v, values, m: int) -> list:
+    """Return x_1 … x_m, their mean, and the other values."""
+    mean = v.pairwise_sum(values[:m]) * v.constant(1 / m)
+    return [value - mean for value in values[:m]] + [mean] + values[m:]
 
 
 def _rounds(pairs: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int]]]:
-    """The pairs shared out over rounds whose sums fit the registers: the first beside all rows and a spare."""
+    """Share out the pairs over rounds whose sums fit the registers: the first beside all rows and a spare."""
     spare = 1
     if len(pairs) + rows + spare <= REGISTERS + 2:
         return [pairs]
@@ -474,168 +368,144 @@ def _rounds(pairs: list[tuple[int, int]], rows: int) -> list[list[tuple[int, int
     return [*rounds, members]
 
 
-@jit
-def _mean(storage, compute, m, table, first, offset, steps, mean, norm2):
-    """The mean of m rows from `first` on, as `compute` values in scratch; its norm squared is added to norm2."""
-    k = 0
-    while k + GATHERED <= m:
-        _gather(GATHERED, storage, compute, table, first + k, k, offset, steps, mean)
-        k += GATHERED
-    while k < m:
-        _gather(1, storage, compute, table, first + k, k, offset, steps, mean)
-        k += 1
-    _scale(compute, m, steps, mean, norm2)
+@kernel
+def _tiled_block(v, joint: Constant, with_z: Constant, m, table, offset, strips, scratch, sums):
+    """Form all products of one stack of m rows, or of two: within panels of TILE rows, then of pairs of panels."""
+    size, pitch, stacks = DTYPES[v.storage].itemsize, _row_bytes(v.compute), 1 + joint
+    side = (m + (TILE - 1)) // TILE
+    count = side * stacks
+    tiles = (count * (count + 1)) >> 1
+    off_diagonal = sums + count * (8 * ON_DIAGONAL)
+    norms, panels = off_diagonal + (tiles - count) * (8 * TILE * TILE), scratch + 2 * pitch
+    v.clear(sums, norms + 8 * (1 + (joint or with_z)) - sums)
+
+    longer = v.select(m > COMPUTE_BOUND_ROWS * size, 1, 0)
+    length, end = STRIP << longer, offset + strips * STRIP
+    for strip in v.range((strips + longer) >> longer):
+        start = offset + strip * length
+        steps = v.minimum(length, end - start) // v.lanes
+        ahead = _Prefetch(v, table, start + length, longer, steps, m * stacks, tiles)
+        last = _mean(v, m, table, 0, start, steps, scratch, norms)
+        if joint or with_z:
+            last = _mean(v, m if joint else 1, table, m, start, steps, scratch + pitch, norms + 8)
+        for i in v.range(count):
+            stack = i // side
+            rows, first = table + m * stack * 8, (i - stack * side) * TILE
+            mean, panel = v.scratch(scratch + stack * pitch), panels + i * (TILE * pitch)
+            _diagonal_tile(v, m, rows, first, start, steps, mean, last, panel, ahead, i, sums + i * (8 * ON_DIAGONAL))
+        for i in v.range(count):
+            before = (i * (2 * count - i - 3) >> 1) - 1  # tiles above row i, and left of its first column
+            for j in v.range(i + 1, count):
+                left, right = panels + i * (TILE * pitch), panels + j * (TILE * pitch)
+                tile = before + j
+                _tile(v, left, right, steps, ahead, tile + count, off_diagonal + tile * (8 * TILE * TILE))
 
 
-@intrinsic(prefer_literal=True)
-def _gather(typingctx, count, storage, compute, table, first, before, offset, steps, sum_):
-    """Add `count` rows to those `before`, whose sum is in scratch."""
-
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, storage.literal_value, compute.literal_value)
-        table, first, before, offset, steps, sum_ = args[3:]
-        starts = v.pointers(table, first, count.literal_value, offset)
-        fresh = builder.icmp_signed("==", before, ir.Constant(before.type, 0))
-        with v.loop(steps) as step:
-            here = v.at(sum_, step.index, VECTOR_BYTES)
-            so_far = builder.select(fresh, v.constant(0.0), v.load_work(here))
-            added = v.pairwise(v.load(v.at(start, step.index, v.stride)) for start in starts)
-            v.store_work(v.add(so_far, added), here)
-
-    return types.void(count, storage, compute, table, first, before, offset, steps, sum_), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _scale(typingctx, compute, m, steps, row, norm2):
-    """Divide the row in scratch by m and add its norm squared to norm2."""
-
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, compute.literal_value, compute.literal_value)
-        _, m, steps, row, norm2 = args
-        inverse = v.reciprocal(m)
-        running = v.variable()
-        builder.store(v.constant(0.0), running)
-        with v.loop(steps) as step:
-            here = v.at(row, step.index, VECTOR_BYTES)
-            value = v.mul(v.load_work(here), inverse)
-            v.store_work(value, here)
-            builder.store(v.fma(value, value, builder.load(running)), running)
-        v.add_lane_sums([builder.load(running)], norm2)
-
-    return types.void(compute, m, steps, row, norm2), codegen
-
-
-def _fetch(v, ahead, index):
-    """Prefetch from the next strip: its rows laid end to end, at `fetched` + index·pace in 2⁻ᴾᴬᶜᴱ bytes.
+class _Prefetch:
+    """Prefetches the next strip: its rows laid end to end, `rate` bytes per step in fixed point.
 
     Evenly over all tiles: the few buffers for lines on their way from memory are full otherwise, and loads wait.  With
     fewer tiles than rows some lines are left to the hardware.
     """
-    table, offset, log_bytes, fetched, pace = cgutils.unpack_tuple(v.builder, ahead)
-    position = v.builder.lshr(v.at(fetched, index, pace), ir.Constant(pace.type, PACE))
-    row = v.builder.lshr(position, log_bytes)
-    within = v.builder.sub(position, v.builder.shl(row, log_bytes))
-    (start,) = v.pointers(table, row, 1, offset)
-    v.prefetch(v.at(start, within))
+
+    def __init__(self, v, table, offset, longer, steps, rows, tiles):
+        self._v, self._table, self._offset, self._steps = v, table, offset, steps
+        self._log_bytes = longer + (STRIP * DTYPES[v.storage].itemsize).bit_length() - 1
+        self._rate = rows * (v.stride << PREFETCH_SHIFT) // tiles
+
+    def step(self, tile, c) -> None:
+        """Prefetch what is due at step c of the tile with that number."""
+        v = self._v
+        position = ((tile * self._steps) * self._rate + c * self._rate) >> PREFETCH_SHIFT
+        row = position >> self._log_bytes
+        (ahead,) = v.rows(self._table, row, 1, self._offset)
+        v.prefetch(ahead.address + (position - (row << self._log_bytes)))
 
 
-@intrinsic(prefer_literal=True)
-def _diagonal(typingctx, storage, compute, m, rows, first, offset, steps, mean, last, panel, ahead, sums):
-    """Centre TILE rows into scratch; their products with each other and with the `last` row, row after row.
+def _mean(v, m, table, first, offset, steps, where, norm2):
+    """Write the mean of m rows from `first` on to scratch, and add its norm squared to norm2; return it."""
+    mean = v.scratch(where)
+
+    def add(count: int, k) -> None:
+        rows = v.rows(table, first + k, count, offset)
+        for c in v.range(steps):
+            total = v.pairwise_sum([row[c] for row in rows])
+            mean[c] = v.select(k < 1, v.constant(0.0), mean[c]) + total
+
+    whole = v.integer(m) // ROWS_PER_MEAN_PASS
+    for k in v.range(whole):
+        add(ROWS_PER_MEAN_PASS, k * ROWS_PER_MEAN_PASS)
+    for k in v.range(whole * ROWS_PER_MEAN_PASS, m):
+        add(1, k)
+    inverse, total = v.reciprocal(m), v.sums([0])
+    for c in v.range(steps):
+        x = mean[c] * inverse
+        mean[c] = x
+        total[0] += x * x
+    v.add_lane_sums(total.values(), norm2)
+    return mean
+
+
+def _diagonal_tile(v, m, rows, first, offset, steps, mean, last, panel, ahead, tile, sums):
+    """Centre TILE rows into scratch; add their products with each other and with the `last` row, row after row.
 
     Rows beyond the m-th repeat it: nobody reads what comes of them.
     """
-
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, storage.literal_value, compute.literal_value)
-        m, rows, first, offset, steps, mean, last, panel, ahead, sums = args[2:]
-        final = builder.sub(m, ir.Constant(m.type, 1))
-        starts = []
-        for k in range(TILE):
-            index = v.at(first, k)
-            index = builder.select(builder.icmp_signed("<", index, final), index, final)
-            starts += v.pointers(rows, index, 1, offset)
-        pairs = [(i, j) for i in range(TILE) for j in range(i, TILE + 1)]
-        running = {pair: v.variable() for pair in pairs}
-        for sum_ in running.values():
-            builder.store(v.constant(0.0), sum_)
-        with v.loop(steps) as step:
-            centre, one_more = (v.load_work(v.at(row, step.index, VECTOR_BYTES)) for row in (mean, last))
-            x = [v.sub(v.load(v.at(start, step.index, v.stride)), centre) for start in starts]
-            for k in range(TILE):
-                there = v.at(v.at(panel, k * _row_bytes(v.compute)), step.index, VECTOR_BYTES)
-                v.prefetch(v.at(there, 2 * VECTOR_BYTES), to_write=True)
-                v.store_work(x[k], there)
-            _fetch(v, ahead, step.index)
-            x.append(one_more)
-            for (i, j), sum_ in running.items():
-                builder.store(v.fma(x[i], x[j], builder.load(sum_)), sum_)
-        v.add_lane_sums([builder.load(sum_) for sum_ in running.values()], sums)
-
-    arguments = (storage, compute, m, rows, first, offset, steps, mean, last, panel, ahead, sums)
-    return types.void(*arguments), codegen
+    final, pitch = m - 1, _row_bytes(v.compute)
+    starts = [v.rows(rows, v.minimum(first + k, final), 1, offset)[0] for k in range(TILE)]
+    centred = [v.scratch(panel + k * pitch) for k in range(TILE)]
+    total = v.sums((i, j) for i in range(TILE) for j in range(i, TILE + 1))
+    for c in v.range(steps):
+        centre, one_more = mean[c], last[c]
+        x = [row[c] - centre for row in starts]
+        for row, value in zip(centred, x, strict=True):
+            v.prefetch(row.at(c + 2), to_write=True)
+            row[c] = value
+        ahead.step(tile, c)
+        x.append(one_more)
+        for i, j in total:
+            total[i, j] += x[i] * x[j]
+    v.add_lane_sums(total.values(), sums)
 
 
-@intrinsic(prefer_literal=True)
-def _tile(typingctx, storage, compute, left, right, steps, ahead, sums):
-    """The TILE² products of two groups of centred rows."""
-
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, storage.literal_value, compute.literal_value)
-        left, right, steps, ahead, sums = args[2:]
-        row = _row_bytes(v.compute)
-        running = [[v.variable() for _ in range(TILE)] for _ in range(TILE)]
-        for sum_ in (sum_ for line in running for sum_ in line):
-            builder.store(v.constant(0.0), sum_)
-        with v.loop(steps) as step:
-            here = [v.at(side, step.index, VECTOR_BYTES) for side in (left, right)]
-            x, y = ([v.load_work(v.at(address, k * row)) for k in range(TILE)] for address in here)
-            _fetch(v, ahead, step.index)
-            for i in range(TILE):
-                for j in range(TILE):
-                    builder.store(v.fma(x[i], y[j], builder.load(running[i][j])), running[i][j])
-        v.add_lane_sums([builder.load(sum_) for line in running for sum_ in line], sums)
-
-    return types.void(storage, compute, left, right, steps, ahead, sums), codegen
+def _tile(v, left, right, steps, ahead, tile, sums):
+    """Add the TILE² products of two panels of centred rows."""
+    pitch = _row_bytes(v.compute)
+    rows, columns = ([v.scratch(side + k * pitch) for k in range(TILE)] for side in (left, right))
+    total = v.sums((i, j) for i in range(TILE) for j in range(TILE))
+    for c in v.range(steps):
+        x, y = [row[c] for row in rows], [row[c] for row in columns]
+        ahead.step(tile, c)
+        for i, j in total:
+            total[i, j] += x[i] * y[j]
+    v.add_lane_sums(total.values(), sums)
 
 
-@intrinsic(prefer_literal=True)
-def _subtract_reference(typingctx, storage, compute, m, table, offset, steps, difference, reference, sums):
-    """g − r and r, rows m and m + 1, in scratch; their product is added to sums[m]."""
+@kernel
+def _row_block(v, m, table, offset, strips, scratch, sums):
+    """Add (g_k − r)·(g − r) for every row and (g − r)·r, from rows g_1 … g_m, g and r."""
+    steps = STRIP // v.lanes
+    difference, reference = v.scratch(scratch), v.scratch(scratch + _row_bytes(v.compute))
+    v.clear(sums, (m + 1) * 8)
 
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, storage.literal_value, compute.literal_value)
-        m, table, offset, steps, difference, reference, sums = args[2:]
-        row, shift = v.pointers(table, m, 2, offset)
-        running = v.variable()
-        builder.store(v.constant(0.0), running)
-        with v.loop(steps) as step:
-            r = v.load(v.at(shift, step.index, v.stride))
-            d = v.sub(v.load(v.at(row, step.index, v.stride)), r)
-            v.store_work(r, v.at(reference, step.index, VECTOR_BYTES))
-            v.store_work(d, v.at(difference, step.index, VECTOR_BYTES))
-            builder.store(v.fma(d, r, builder.load(running)), running)
-        v.add_lane_sums([builder.load(running)], v.at(sums, m, 8))
+    def multiply(start, count: int, k) -> None:
+        rows, total = v.rows(table, k, count, start), v.sums(range(count))
+        for c in v.range(steps):
+            d, r = difference[c], reference[c]
+            for j, row in enumerate(rows):
+                total[j] += (row[c] - r) * d
+        v.add_lane_sums(total.values(), sums + k * 8)
 
-    return types.void(storage, compute, m, table, offset, steps, difference, reference, sums), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _multiply_rows(typingctx, count, storage, compute, table, first, offset, steps, difference, reference, sums):
-    """(g_k − r)ᵀ(g − r) for `count` rows from `first` on, added to sums[k]."""
-
-    def codegen(context, builder, signature, args):
-        v = Vectors(builder, storage.literal_value, compute.literal_value)
-        table, first, offset, steps, difference, reference, sums = args[3:]
-        starts = v.pointers(table, first, count.literal_value, offset)
-        running = [v.variable() for _ in starts]
-        for sum_ in running:
-            builder.store(v.constant(0.0), sum_)
-        with v.loop(steps) as step:
-            d, r = (v.load_work(v.at(side, step.index, VECTOR_BYTES)) for side in (difference, reference))
-            for start, sum_ in zip(starts, running, strict=True):
-                x = v.sub(v.load(v.at(start, step.index, v.stride)), r)
-                builder.store(v.fma(x, d, builder.load(sum_)), sum_)
-        v.add_lane_sums([builder.load(sum_) for sum_ in running], v.at(sums, first, 8))
-
-    return types.void(count, storage, compute, table, first, offset, steps, difference, reference, sums), codegen
+    for strip in v.range(strips):
+        start = offset + strip * STRIP
+        (row, shift), total = v.rows(table, m, 2, start), v.sums([0])
+        for c in v.range(steps):
+            r = shift[c]
+            d = row[c] - r
+            reference[c], difference[c] = r, d
+            total[0] += d * r
+        v.add_lane_sums(total.values(), sums + m * 8)
+        for k in v.range(m >> 2):
+            multiply(start, 4, k * 4)
+        for k in v.range((m >> 2) << 2, m):
+            multiply(start, 1, k)

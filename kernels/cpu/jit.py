@@ -9,8 +9,10 @@ from functools import cache
 from typing import Any
 
 import numba
+from llvmlite import ir
 from numba import types
 from numba.core import caching, config, event, registry
+from numba.extending import intrinsic
 
 from fastnewton.kernels.cpu.cache import cache_folder, one_process_at_a_time
 
@@ -36,7 +38,7 @@ if hasattr(os, "register_at_fork"):  # a child forked while another thread compi
 
 def jit(function: Callable) -> Any:
     """Compile `function` by numba.njit(nogil=True), and keep the machine code of kernels in the cache folder."""
-    dispatcher: Any = numba.njit(nogil=True)(function)
+    dispatcher: Any = numba.njit(nogil=True, no_cfunc_wrapper=True)(function)
     has_compiler = dispatcher is not function  # else `_compiled` asks for it
     # The folder's name has the digest of the package's own sources only.
     if has_compiler and CACHE_FOLDER and function.__module__.startswith("fastnewton."):
@@ -85,11 +87,12 @@ def entry(function: Any, *arguments: types.Type) -> Callable:
     return lambda *given: compiled()(*given)
 
 
-def kernel(function: Any, *literals: str | int) -> int:
-    """The address of the machine code of `function(job, *literals)`, for `threads.shared` to call."""
+@cache
+def code_address(function: Any, *signature: types.Type) -> int:
+    """Return the address of the machine code of `function` for these types, for `call`."""
     with _in_process:  # LLVM's own lock must not be held when another thread forks
-        found = _compiled(function, (INT, *map(types.literal, literals)))
-        return found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+        compiled = _compiled(function, signature)
+        return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
 
 
 def _compiled(function: Any, signature: tuple[types.Type, ...]) -> Any:
@@ -127,3 +130,37 @@ class _CompileTimes(event.Listener):
             name = f"{function.__module__}.{function.__qualname__}"
             self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
         self._since = now
+
+
+# -- in compiled code -----------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def address(typingctx, array):
+    """Return the address of an array's first item; ndarray.ctypes takes longer to compile."""
+
+    def emit(context, builder, signature, args):
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, ir.IntType(64))
+
+    return INT(array), emit
+
+
+@intrinsic
+def call(typingctx, code, *arguments):
+    """Call the machine code at a `code_address` with integers; return its integer, 0 of none, or −1 if it raised.
+
+    Numba's convention: result and exception through pointers, then the arguments; those left out are never read.
+    """
+
+    def emit(context, builder, signature, args):
+        word, status = ir.IntType(64), ir.IntType(32)
+        with builder.goto_entry_block():
+            result, error = builder.alloca(word), builder.alloca(word)
+        builder.store(word(0), result)
+        kind = ir.FunctionType(status, [result.type, error.type] + [word] * len(arguments))
+        values = [builder.extract_value(args[1], k) for k in range(len(arguments))]
+        failed = builder.call(builder.inttoptr(args[0], kind.as_pointer()), [result, error, *values])
+        return builder.select(builder.icmp_signed("==", failed, status(0)), builder.load(result), word(-1))
+
+    return INT(code, types.StarArgTuple.from_types(arguments)), emit

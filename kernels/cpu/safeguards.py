@@ -15,14 +15,14 @@ import numpy as np
 from fastnewton.kernels import record as slot
 from fastnewton.kernels.cpu.eigen import (
     all_finite,
-    fields_at,
     matrix_at,
     multiply,
     multiply_transposed,
     solve,
     vector_at,
 )
-from fastnewton.kernels.cpu.jit import jit, kernel
+from fastnewton.kernels.cpu.jit import INT, code_address, jit
+from fastnewton.kernels.cpu.memory import integers
 
 _CURVATURE_CAP = slot.LR_CAPS.index("curvature")
 _KEEP, _ABS = slot.CURVATURES.index("keep"), slot.CURVATURES.index("abs")
@@ -35,13 +35,13 @@ def guard_code(settings: np.ndarray) -> int:
 
 @cache
 def _compiled_guard() -> int:
-    return kernel(_guard)
+    return code_address(_guard, INT)
 
 
 @jit
 def _guard(block):
     """Cap τ; then accept the step, modify it, or replace it by averaged SGD."""
-    fields = fields_at(block, slot.FIELDS)
+    fields = integers(block)
     m, solver = fields[slot.M], fields[slot.SOLVER]
     thetas, vectors = matrix_at(fields[slot.THETA_GRAM], m), matrix_at(fields[slot.VECTORS], m)
     options, norms = vector_at(fields[slot.OPTIONS], slot.SETTINGS), vector_at(fields[slot.NORMS], slot.NORM_COUNT)

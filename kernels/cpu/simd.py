@@ -1,26 +1,45 @@
-"""Whole vector registers for Numba kernels, written as LLVM IR.
+"""The language of the CPU kernels: whole vector registers, written as LLVM IR.
 
 Numba leaves vectorisation to the compiler, which is slow to compile on long straight-line code, picks its own
 register width, and decides how often a float32 sum is rounded before it reaches float64.  Here a kernel says all
-three: a `Vectors` object emits loads, arithmetic and reductions on vectors of VECTOR_BYTES inside an
-`numba.extending.intrinsic`.  Addresses are plain 64-bit integers throughout.
+three.  It is a Python function that runs once, at compile time, on objects whose operators emit instructions:
+
+    @kernel
+    def norms(v, count: Constant, table, steps, sums):
+        rows = v.rows(table, 0, count, 0)            # the caller's memory, converted from storage to compute
+        total = v.sums(range(count))                 # accumulators in registers
+        for c in v.range(steps):                     # a loop of the compiled code, one vector after the other
+            for k, row in enumerate(rows):           # a loop of the compiler: unrolled
+                x = row[c]
+                total[k] += x * x                    # a fused multiply-add
+        v.store_lane_sums(total.values(), sums)
+
+    norms.address("float32", "float32", 8)           # machine code for these types and constants
+
+Arguments are 64-bit integers, addresses among them.
 """
 
+import inspect
 import platform
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, cached_property
+from typing import ClassVar
 
 from llvmlite import ir
-from numba.core import cgutils
+from numba import types
+from numba.extending import intrinsic
 
 from fastnewton.dtypes import DTYPES
-from fastnewton.kernels.cpu.jit import CPU_FEATURES
+from fastnewton.kernels.cpu.jit import CPU_FEATURES, INT, code_address, jit
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
+I1, I32, I64, BYTE = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 _FLOAT = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
 _STORED = {**_FLOAT, "float16": ir.IntType(16), "bfloat16": ir.IntType(16)}
+CACHE_LINE = 64
 
 
 def _machine() -> tuple[int, int, bool]:
-    """Bytes in a vector register, how many of them there are, and whether float16 is converted by instructions."""
+    """Return the bytes of a vector register, the number of registers, and whether instructions convert float16."""
     features, arm = CPU_FEATURES, platform.machine().lower() in ("arm64", "aarch64")
     if "avx512f" in features:
         return 64, 32, True
@@ -30,85 +49,224 @@ def _machine() -> tuple[int, int, bool]:
 
 
 VECTOR_BYTES, REGISTERS, HALF_IN_HARDWARE = _machine()
-CACHE_LINE = 64
 
 
 def lanes(compute: str) -> int:
-    """Values of the type `compute` in one vector."""
+    """Return how many values of the type `compute` one vector holds."""
     return VECTOR_BYTES // DTYPES[compute].itemsize
 
 
-class Vectors:
-    """Emits IR for vectors of `compute` values that are kept in memory as `storage` values."""
+# -- values -------------------------------------------------------------------------------------------------
 
-    def __init__(self, builder, storage: str, compute: str):
+
+def _operator(instruction: str, swapped: bool = False) -> Callable:
+    def emit(self, other):
+        x, y = (_raw(other), _raw(self)) if swapped else (_raw(self), _raw(other))
+        return Integer(self.builder, getattr(self.builder, instruction)(x, y))
+
+    return emit
+
+
+class Integer:
+    """A 64-bit integer of the compiled code, with Python's operators; non-negative where it is divided or shifted."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value):
+        self.builder, self.value = builder, value
+
+    __add__ = __radd__ = _operator("add")
+    __mul__ = __rmul__ = _operator("mul")
+    __sub__, __rsub__ = _operator("sub"), _operator("sub", swapped=True)
+    __lshift__, __rlshift__ = _operator("shl"), _operator("shl", swapped=True)
+    __rshift__, __floordiv__ = _operator("lshr"), _operator("udiv")
+
+    def __lt__(self, other) -> ir.Value:
+        return self.builder.icmp_signed("<", self.value, _raw(other))
+
+    def __gt__(self, other) -> ir.Value:
+        return self.builder.icmp_signed(">", self.value, _raw(other))
+
+
+def _raw(number: Integer | int) -> ir.Value:
+    return I64(number) if isinstance(number, int) else number.value
+
+
+class Vector:
+    """A register full of `compute` values."""
+
+    def __init__(self, v: "Vectors", value: ir.Value):
+        self.v, self.value = v, value
+
+    def __add__(self, other: "Vector") -> "Vector":
+        if isinstance(other, Product):
+            return self.v.fma(other.x, other.y, self)
+        return Vector(self.v, self.v.builder.fadd(self.value, other.value))
+
+    def __sub__(self, other: "Vector") -> "Vector":
+        return Vector(self.v, self.v.builder.fsub(self.value, other.value))
+
+    def __mul__(self, other: "Vector") -> "Product":
+        return Product(self.v, self, other)
+
+
+class Product(Vector):
+    """x·y, not yet rounded: added to a vector it becomes a fused multiply-add, where the machine has one."""
+
+    def __init__(self, v: "Vectors", x: Vector, y: Vector):
+        self.v, self.x, self.y = v, x, y
+
+    @cached_property
+    def value(self) -> ir.Value:
+        return self.v.builder.fmul(self.x.value, self.y.value)
+
+
+class Sums:
+    """Accumulators, one for each key, that stay in registers while a loop runs."""
+
+    def __init__(self, v: "Vectors", start: dict):
+        self._v = v
+        self._slots = {key: v.allocate(v.type) for key in start}
+        for key, value in start.items():
+            self[key] = value
+
+    def __iter__(self) -> Iterator:  # over the keys
+        return iter(self._slots)
+
+    def __getitem__(self, key) -> Vector:
+        return Vector(self._v, self._v.builder.load(self._slots[key]))
+
+    def __setitem__(self, key, value: Vector) -> None:
+        self._v.builder.store(value.value, self._slots[key])
+
+    def values(self) -> list[Vector]:
+        return [self[key] for key in self]
+
+
+class Row:
+    """A row in the caller's memory: row[c] is its c-th vector, of `storage` values in memory and of `compute` here."""
+
+    def __init__(self, v: "Vectors", address: Integer):
+        self.v, self.address = v, address
+
+    def at(self, c) -> Integer:
+        """Return the address of the c-th vector."""
+        return self.address + c * self.v.stride
+
+    def moved(self, items) -> "Row":
+        """Return the row from its item number `items` on."""
+        return type(self)(self.v, self.address + items * DTYPES[self.v.storage].itemsize)
+
+    def __getitem__(self, c) -> Vector:
+        v = self.v
+        stored = ir.VectorType(_STORED[v.storage], v.lanes)
+        return Vector(v, v.widen(v.builder.load(v.pointer(self.at(c), stored), align=DTYPES[v.storage].itemsize)))
+
+    def store(self, c, value: Vector, nontemporal: bool = False) -> Vector:
+        """Round a vector to `storage` and store it; return what a reader will see."""
+        v = self.v
+        raw = v.narrow(value.value)
+        align = v.stride if nontemporal else DTYPES[v.storage].itemsize
+        instruction = v.builder.store(raw, v.pointer(self.at(c), raw.type), align=align)
+        if nontemporal:
+            instruction.set_metadata("nontemporal", v.builder.module.add_metadata([I32(1)]))
+        return Vector(v, v.widen(raw))
+
+
+class Scratch(Row):
+    """A row of `compute` values in aligned memory of our own."""
+
+    def at(self, c) -> Integer:
+        return self.address + c * VECTOR_BYTES
+
+    def __getitem__(self, c) -> Vector:
+        return Vector(self.v, self.v.builder.load(self.v.pointer(self.at(c), self.v.type), align=VECTOR_BYTES))
+
+    def __setitem__(self, c, value: Vector) -> None:
+        self.v.builder.store(value.value, self.v.pointer(self.at(c), self.v.type), align=VECTOR_BYTES)
+
+
+# -- the machine --------------------------------------------------------------------------------------------
+
+
+class Vectors:
+    """Emits instructions on vectors of `compute` values that the caller's memory keeps as `storage` values."""
+
+    def __init__(self, builder: ir.IRBuilder, storage: str, compute: str):
         self.builder, self.storage, self.compute = builder, storage, compute
         self.lanes = lanes(compute)
         self.scalar = _FLOAT[compute]
         self.type = ir.VectorType(self.scalar, self.lanes)
-        self.stride = self.lanes * DTYPES[storage].itemsize  # bytes of one vector in memory
+        self.stride = self.lanes * DTYPES[storage].itemsize  # bytes of one vector in the caller's memory
 
-    # -- integers and loops ---------------------------------------------------------------------------------
+    def range(self, start, stop=None) -> Iterator[Integer]:
+        """Emit a loop, whose body is what the caller's `for` does with the one counter that this yields."""
+        b = self.builder
+        start, stop = (0, start) if stop is None else (start, stop)
+        before = b.block
+        condition, body, end = (b.append_basic_block(name) for name in ("condition", "body", "end"))
+        b.branch(condition)
+        b.position_at_end(condition)
+        index = b.phi(I64)
+        b.cbranch(b.icmp_signed("<", index, _raw(stop)), body, end)
+        b.position_at_end(body)
+        yield Integer(b, index)
+        following = b.add(index, I64(1), flags=["nsw"])
+        index.add_incoming(_raw(start), before)
+        index.add_incoming(following, b.block)
+        b.branch(condition)
+        b.position_at_end(end)
 
-    def at(self, address, offset, scale: int = 1):
-        """address + offset·scale, where offset and scale are Python ints or IR values."""
-        if isinstance(offset, int):
-            return self.builder.add(address, I64(offset * scale))
-        return self.builder.add(address, self.builder.mul(offset, I64(scale) if isinstance(scale, int) else scale))
+    def integer(self, number: Integer | int) -> Integer:
+        """Return an Integer for a Python int."""
+        return Integer(self.builder, _raw(number))
 
-    def pointers(self, table, first, count: int, offset):
-        """Addresses of element `offset` in the rows first … first+count−1 of a table of row addresses."""
-        entry = self.at(table, first, 8)
-        size = DTYPES[self.storage].itemsize
-        return [
-            self.at(self.builder.load(self._pointer(self.at(entry, 8 * k), I64)), offset, size) for k in range(count)
-        ]
+    def select(self, condition: ir.Value, x, y):
+        """Return x, an integer or a Vector, where the condition holds, else y."""
+        if isinstance(x, Vector):
+            return Vector(self, self.builder.select(condition, x.value, y.value))
+        return Integer(self.builder, self.builder.select(condition, _raw(x), _raw(y)))
 
-    def loop(self, count):
-        """A counted loop; use as `with v.loop(count) as step:` where step.index is the counter."""
-        return cgutils.for_range(self.builder, I64(count) if isinstance(count, int) else count)
-
-    def variable(self):
-        """A register that lives across a loop's iterations."""
-        return cgutils.alloca_once(self.builder, self.type)
-
-    def _pointer(self, address, pointee):
-        return self.builder.inttoptr(address, pointee.as_pointer())
+    def minimum(self, x, y) -> Integer:
+        """Return the smaller integer."""
+        return self.select(x < y, x, y)
 
     # -- memory ---------------------------------------------------------------------------------------------
 
-    def load(self, address):
-        """One vector from caller's memory, converted from storage to compute."""
-        stored = ir.VectorType(_STORED[self.storage], self.lanes)
-        raw = self.builder.load(self._pointer(address, stored), align=DTYPES[self.storage].itemsize)
-        return self._widened(raw)
+    def pointer(self, address: Integer, pointee: ir.Type) -> ir.Value:
+        return self.builder.inttoptr(address.value, pointee.as_pointer())
 
-    def store(self, value, address, nontemporal: bool = False):
-        """One vector to caller's memory, rounded to storage; returns what a reader will see."""
-        raw = self._narrowed(value)
-        align = self.stride if nontemporal else DTYPES[self.storage].itemsize
-        instruction = self.builder.store(raw, self._pointer(address, raw.type), align=align)
-        if nontemporal:
-            instruction.set_metadata("nontemporal", self.builder.module.add_metadata([I32(1)]))
-        return self._widened(raw)
+    def allocate(self, kind: ir.Type) -> ir.Value:
+        """Return a variable of the function, which becomes a register."""
+        with self.builder.goto_entry_block():
+            return self.builder.alloca(kind)
 
-    def load_work(self, address):
-        """One vector of compute values from aligned scratch memory."""
-        return self.builder.load(self._pointer(address, self.type), align=VECTOR_BYTES)
+    def rows(self, table: Integer, first, count: int, offset) -> list[Row]:
+        """Return rows first … first+count−1 of a table of row addresses, from their item number `offset` on."""
+        entry = table + first * 8
+        starts = [self.builder.load(self.pointer(entry + 8 * k, I64)) for k in range(count)]
+        return [Row(self, Integer(self.builder, start)).moved(offset) for start in starts]
 
-    def store_work(self, value, address):
-        """One vector of compute values to aligned scratch memory."""
-        self.builder.store(value, self._pointer(address, self.type), align=VECTOR_BYTES)
+    def row(self, address: Integer) -> Row:
+        return Row(self, address)
 
-    def prefetch(self, address, to_write: bool = False):
-        """Bring a cache line into the second-level cache, since the first is too small for all that is ahead; one that
-        is about to be written, into the first."""
-        byte = ir.IntType(8).as_pointer()
-        function = self._declared("llvm.prefetch.p0", ir.VoidType(), [byte, I32, I32, I32])
+    def scratch(self, address: Integer) -> Scratch:
+        return Scratch(self, address)
+
+    def clear(self, address: Integer, length: Integer) -> None:
+        """Set so many bytes to zero."""
+        function = self.builder.module.declare_intrinsic("llvm.memset", [BYTE, I64])
+        start = self.builder.inttoptr(address.value, BYTE)
+        self.builder.call(function, [start, ir.IntType(8)(0), length.value, I1(0)])
+
+    def prefetch(self, address: Integer, to_write: bool = False) -> None:
+        """Bring a cache line into L2, since L1 is too small for all that is ahead; one to be written soon into L1."""
+        function = self._declared("llvm.prefetch.p0", ir.VoidType(), [BYTE, I32, I32, I32])
         how = [I32(int(to_write)), I32(2 + to_write), I32(1)]
-        self.builder.call(function, [self.builder.inttoptr(address, byte), *how])
+        self.builder.call(function, [self.builder.inttoptr(address.value, BYTE), *how])
 
-    def _widened(self, raw):
+    # -- conversions ----------------------------------------------------------------------------------------
+
+    def widen(self, raw: ir.Value) -> ir.Value:
+        """Convert stored values to `compute`."""
         if self.storage == self.compute:
             return raw
         if self.storage == "bfloat16":
@@ -118,7 +276,8 @@ class Vectors:
             raw = self._single_of_half(raw)  # to float64 there is no instruction, so no direct way
         return raw if raw.type == self.type else self.builder.fpext(raw, self.type)
 
-    def _narrowed(self, value):
+    def narrow(self, value: ir.Value) -> ir.Value:
+        """Round `compute` values to storage: to nearest, ties to even."""
         b = self.builder
         if self.storage == self.compute:
             return value
@@ -130,7 +289,7 @@ class Vectors:
             return self._half_of_single(value)
         bits = b.bitcast(value, self._ints())
         odd = b.and_(b.lshr(bits, self._ints(16)), self._ints(1))
-        rounded = b.add(bits, b.add(odd, self._ints(0x7FFF)))  # to nearest, ties to even
+        rounded = b.add(bits, b.add(odd, self._ints(0x7FFF)))
         quiet = b.or_(bits, self._ints(0x400000))  # rounding must not carry a NaN into infinity
         bits = b.select(b.fcmp_unordered("uno", value, value), quiet, rounded)
         return b.trunc(b.lshr(bits, self._ints(16)), ir.VectorType(ir.IntType(16), self.lanes))
@@ -150,22 +309,22 @@ class Vectors:
         return b.bitcast(b.or_(magnitude, sign), self._singles())
 
     def _half_of_single(self, value):
-        b, words = self.builder, ir.VectorType(ir.IntType(16), self.lanes)
+        b, halves = self.builder, ir.VectorType(ir.IntType(16), self.lanes)
         if HALF_IN_HARDWARE:
-            return b.bitcast(b.fptrunc(value, ir.VectorType(ir.HalfType(), self.lanes)), words)
+            return b.bitcast(b.fptrunc(value, ir.VectorType(ir.HalfType(), self.lanes)), halves)
         bits = b.bitcast(value, self._ints())
         magnitude = b.and_(bits, self._ints(0x7FFFFFFF))
         odd = b.and_(b.lshr(magnitude, self._ints(13)), self._ints(1))
         rebiased = b.sub(magnitude, self._ints(112 << 23))
-        ordinary = b.lshr(b.add(rebiased, b.add(odd, self._ints(0xFFF))), self._ints(13))  # to nearest, ties to even
+        ordinary = b.lshr(b.add(rebiased, b.add(odd, self._ints(0xFFF))), self._ints(13))
         # Added to ½, a number below 2⁻¹⁴ has its last bit where a half's would be.
-        half = ir.Constant(self._singles(), [0.5] * self.lanes)
-        lifted = b.bitcast(b.fadd(b.bitcast(magnitude, self._singles()), half), self._ints())
+        one_half = ir.Constant(self._singles(), [0.5] * self.lanes)
+        lifted = b.bitcast(b.fadd(b.bitcast(magnitude, self._singles()), one_half), self._ints())
         tiny = b.sub(lifted, self._ints(0x3F000000))
-        found = b.select(b.icmp_unsigned("<", magnitude, self._ints(113 << 23)), tiny, ordinary)
-        found = b.select(b.icmp_unsigned(">=", magnitude, self._ints(143 << 23)), self._ints(0x7C00), found)
-        found = b.select(b.icmp_unsigned(">", magnitude, self._ints(0x7F800000)), self._ints(0x7E00), found)
-        return b.trunc(b.or_(found, b.lshr(b.and_(bits, self._ints(0x80000000)), self._ints(16))), words)
+        half = b.select(b.icmp_unsigned("<", magnitude, self._ints(113 << 23)), tiny, ordinary)
+        half = b.select(b.icmp_unsigned(">=", magnitude, self._ints(143 << 23)), self._ints(0x7C00), half)
+        half = b.select(b.icmp_unsigned(">", magnitude, self._ints(0x7F800000)), self._ints(0x7E00), half)
+        return b.trunc(b.or_(half, b.lshr(b.and_(bits, self._ints(0x80000000)), self._ints(16))), halves)
 
     def _singles(self):
         return ir.VectorType(ir.FloatType(), self.lanes)
@@ -176,65 +335,63 @@ class Vectors:
 
     # -- arithmetic -----------------------------------------------------------------------------------------
 
-    def constant(self, value: float):
-        return ir.Constant(self.type, [value] * self.lanes)
+    def constant(self, value: float) -> Vector:
+        """Return the number in every lane."""
+        return Vector(self, ir.Constant(self.type, [value] * self.lanes))
 
-    def broadcast(self, address):
-        """The float64 at `address`, rounded to compute, in every lane."""
-        scalar = self.builder.load(self._pointer(address, ir.DoubleType()))
+    def broadcast(self, address: Integer) -> Vector:
+        """Return the float64 at `address`, rounded to compute, in every lane."""
+        scalar = self.builder.load(self.pointer(address, ir.DoubleType()))
         return self._splat(scalar if self.compute == "float64" else self.builder.fptrunc(scalar, self.scalar))
 
-    def reciprocal(self, number):
-        """1/number in every lane, for an IR integer."""
+    def reciprocal(self, number) -> Vector:
+        """Return 1/number in every lane."""
         one = ir.Constant(self.scalar, 1.0)
-        return self._splat(self.builder.fdiv(one, self.builder.sitofp(number, self.scalar)))
+        return self._splat(self.builder.fdiv(one, self.builder.sitofp(_raw(number), self.scalar)))
 
-    def _splat(self, scalar):
+    def _splat(self, scalar) -> Vector:
         empty = ir.Constant(self.type, ir.Undefined)
         first = self.builder.insert_element(empty, scalar, I32(0))
         zeros = ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
-        return self.builder.shuffle_vector(first, empty, zeros)
+        return Vector(self, self.builder.shuffle_vector(first, empty, zeros))
 
-    def add(self, x, y):
-        return self.builder.fadd(x, y)
+    def fma(self, x: Vector, y: Vector, z: Vector) -> Vector:
+        """Return x·y + z, fused where the machine can."""
+        name = f"llvm.fmuladd.v{self.lanes}f{8 * DTYPES[self.compute].itemsize}"
+        function = self._declared(name, self.type, [self.type] * 3)
+        return Vector(self, self.builder.call(function, [x.value, y.value, z.value]))
 
-    def sub(self, x, y):
-        return self.builder.fsub(x, y)
+    def sums(self, start: Iterable) -> Sums:
+        """Return accumulators that begin with the values of a dict, or with zero for those keys."""
+        return Sums(self, start if isinstance(start, dict) else dict.fromkeys(start, self.constant(0.0)))
 
-    def mul(self, x, y):
-        return self.builder.fmul(x, y)
-
-    def fma(self, x, y, z):
-        """x·y + z, fused where the machine can."""
-        suffix = f"v{self.lanes}f{8 * DTYPES[self.compute].itemsize}"
-        return self.builder.call(self._declared(f"llvm.fmuladd.{suffix}", self.type, [self.type] * 3), [x, y, z])
-
-    def pairwise(self, values):
-        """The sum of the values, added in a balanced tree."""
+    def pairwise_sum(self, values: Iterable[Vector]) -> Vector:
+        """Return the sum of the values, added in a balanced tree."""
         values = list(values)
         while len(values) > 1:
-            pairs = [self.add(x, y) for x, y in zip(values[::2], values[1::2], strict=False)]
+            pairs = [x + y for x, y in zip(values[::2], values[1::2], strict=False)]
             values = pairs + values[len(values) & ~1 :]
         return values[0]
 
-    def add_lane_sums(self, values, address):
-        """As `store_lane_sums`, added to what is there."""
-        self.store_lane_sums(values, address, added=True)
-
-    def store_lane_sums(self, values, address, added: bool = False):
-        """Each vector's sum over lanes, as consecutive float64: transposed while adding, as many at a time as lanes."""
+    def store_lane_sums(self, values: list[Vector], address: Integer, add: bool = False) -> None:
+        """Store each vector's sum over lanes, as consecutive float64: transposed while adding, as many at a time as
+        there are lanes."""
         for start in range(0, len(values), self.lanes):
             batch = values[start : start + self.lanes]
             order, total = self._transposed_sum(batch + [self.constant(0.0)] * (self.lanes - len(batch)))
-            sums = self._shuffled(total, total, [order.index(k) for k in range(len(batch))])
+            sums = self._shuffled(total, total, [order.index(k) for k in range(len(batch))]).value
             if self.compute != "float64":
                 sums = self.builder.fpext(sums, ir.VectorType(ir.DoubleType(), len(batch)))
-            target = self._pointer(self.at(address, 8 * start), sums.type)
-            sums = self.add(self.builder.load(target, align=8), sums) if added else sums
+            target = self.pointer(address + 8 * start, sums.type)
+            sums = self.builder.fadd(self.builder.load(target, align=8), sums) if add else sums
             self.builder.store(sums, target, align=8)
 
-    def _transposed_sum(self, vectors):
-        """One vector that holds every input's lane sum, and which input each lane belongs to."""
+    def add_lane_sums(self, values: list[Vector], address: Integer) -> None:
+        """Add each vector's sum over lanes to consecutive float64."""
+        self.store_lane_sums(values, address, add=True)
+
+    def _transposed_sum(self, vectors: list[Vector]) -> tuple[list[int], Vector]:
+        """Return one vector that holds every input's lane sum, and which input each lane belongs to."""
         owners = [[k] * self.lanes for k in range(len(vectors))]
         segment = self.lanes
         while len(vectors) > 1:
@@ -242,23 +399,73 @@ class Vectors:
             low = [s + k for s in range(0, self.lanes, segment) for k in range(half)]
             low = low + [k + self.lanes for k in low]
             high = [k + half for k in low]
-            vectors = [
-                self.add(self._shuffled(x, y, low), self._shuffled(x, y, high))
-                for x, y in zip(vectors[::2], vectors[1::2], strict=True)
-            ]
+            pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+            vectors = [self._shuffled(x, y, low) + self._shuffled(x, y, high) for x, y in pairs]
             owners = [[(x + y)[k] for k in low] for x, y in zip(owners[::2], owners[1::2], strict=True)]
             segment = half
         return owners[0], vectors[0]
 
-    def _shuffled(self, x, y, picks):
-        return self.builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(picks)), picks))
+    def _shuffled(self, x: Vector, y: Vector, picks: list[int]) -> Vector:
+        mask = ir.Constant(ir.VectorType(I32, len(picks)), picks)
+        return Vector(self, self.builder.shuffle_vector(x.value, y.value, mask))
 
-    def all_zero(self, value):
-        """An IR int64: 1 if every lane is zero, 0 if any is something else or NaN."""
-        ordered = self.builder.fcmp_ordered("==", value, self.constant(0.0))
+    def all_zero(self, x: Vector) -> Integer:
+        """Return 1 if every lane is zero, 0 if any is something else or NaN."""
+        ordered = self.builder.fcmp_ordered("==", x.value, self.constant(0.0).value)
         mask = self.builder.bitcast(ordered, ir.IntType(self.lanes))
         full = ir.Constant(ir.IntType(self.lanes), (1 << self.lanes) - 1)
-        return self.builder.zext(self.builder.icmp_unsigned("==", mask, full), I64)
+        return Integer(self.builder, self.builder.zext(self.builder.icmp_unsigned("==", mask, full), I64))
 
-    def _declared(self, name, result, arguments):
-        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)
+    def _declared(self, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
+        module = self.builder.module
+        return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)
+
+
+# -- kernels ------------------------------------------------------------------------------------------------
+
+
+class Constant:
+    """Marks the arguments that a kernel is compiled for: ints and strings, which come before all others."""
+
+
+class Kernel:
+    """A function of a `Vectors`, constants and Integers that emits a kernel; it may return an Integer."""
+
+    by_name: ClassVar[dict[str, "Kernel"]] = {}
+
+    def __init__(self, function: Callable):
+        self._function = function
+        _, *parameters = inspect.signature(function).parameters.values()
+        self._integers = sum(each.annotation is not Constant for each in parameters)
+        self.name = f"{function.__module__}.{function.__name__}"
+        self.by_name[self.name] = self
+        self.address = cache(self._address)
+
+    def _address(self, storage: str, compute: str, *constants: int | str) -> int:
+        """Return the address of machine code for these types and constants, for `jit.call`."""
+        specialisation = types.literal(" ".join(map(str, (self.name, storage, compute, *constants))))
+        return code_address(_kernel, *[INT] * 7, specialisation)
+
+    def emit(self, builder: ir.IRBuilder, storage: str, compute: str, constants: list, arguments: list) -> ir.Value:
+        """Emit the kernel's instructions."""
+        integers = [Integer(builder, value) for value in arguments[: self._integers]]
+        result = self._function(Vectors(builder, storage, compute), *constants, *integers)
+        return I64(0) if result is None else result.value
+
+
+kernel = Kernel
+
+
+@intrinsic(prefer_literal=True)
+def _emit(typingctx, a, b, c, d, e, f, g, specialisation):
+    def codegen(context, builder, signature, args):
+        name, storage, compute, *constants = specialisation.literal_value.split()
+        constants = [int(each) if each.isdigit() else each for each in constants]
+        return Kernel.by_name[name].emit(builder, storage, compute, constants, args[:7])
+
+    return INT(a, b, c, d, e, f, g, specialisation), codegen
+
+
+@jit
+def _kernel(a, b, c, d, e, f, g, specialisation):
+    return _emit(a, b, c, d, e, f, g, specialisation)

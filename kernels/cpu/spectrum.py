@@ -19,15 +19,15 @@ from fastnewton.kernels import record as slot
 from fastnewton.kernels.cpu.eigen import (
     all_finite,
     eigensolver,
-    fields_at,
     matrix_at,
     solve,
     vector_at,
 )
-from fastnewton.kernels.cpu.jit import FLOAT, FLOATS, FLOATS_2D, INT, entry, jit, kernel
+from fastnewton.kernels.cpu.jit import FLOAT, FLOATS, FLOATS_2D, INT, address, call, code_address, entry, jit
+from fastnewton.kernels.cpu.memory import integers, keep_alive, stack_memory
 from fastnewton.kernels.cpu.safeguards import guard_code
-from fastnewton.kernels.cpu.threads import address, call, keep
 
+_FIELDS = slot.FIELDS  # a constant of this module is one to Numba too
 _SIGMA = slot.LR_CAPS.index("sigma")
 SHORT_LIMIT = 32  # up to here the eigenproblem is done before the thread pool sleeps, so that a step is one call
 
@@ -134,21 +134,21 @@ def run_decision(
     vectors,
 ):  # fmt: skip
     """Call the compiled decision, which is compiled once for all steps since it is not inlined."""
-    norms, block = np.empty(slot.NORM_COUNT), np.empty(slot.FIELDS, np.int64)
+    norms, where = np.empty(slot.NORM_COUNT), stack_memory(_FIELDS)
+    block = integers(where)
     norms[slot.NORM2], norms[slot.FLOOR], norms[slot.THETA_FLOOR] = norm2, floor, theta_floor
     block[slot.M], block[slot.SOLVER], block[slot.GUARD] = projection.size, solver, guard
     block[slot.GRAM], block[slot.PROJECTION], block[slot.NORMS] = address(matrix), address(projection), address(norms)
     block[slot.THETA_GRAM], block[slot.CROSS], block[slot.ALONG] = address(thetas), address(cross), address(along)
     block[slot.OPTIONS], block[slot.RECORD], block[slot.VECTORS] = address(options), address(record), address(vectors)
-    call(decision, address(block))
-    keep(block)
-    keep(norms)
+    call(decision, where)
+    keep_alive(norms)
 
 
 @jit
 def _decide(block):
     """σ, V, j, c, and τ and β under the caps; the guard, if any, then looks at ΘᵀΘ and ΘᵀG."""
-    fields = fields_at(block, slot.FIELDS)
+    fields = integers(block)
     m = fields[slot.M]
     matrix, vectors = matrix_at(fields[slot.GRAM], m), matrix_at(fields[slot.VECTORS], m)
     options, norms = vector_at(fields[slot.OPTIONS], slot.SETTINGS), vector_at(fields[slot.NORMS], slot.NORM_COUNT)
@@ -213,7 +213,7 @@ def _select(squares, rows, projection, norm2, floor, options, record, vectors):
 @cache
 def decision_code() -> int:
     """Return the address of the compiled decision."""
-    return kernel(_decide)
+    return code_address(_decide, INT)
 
 
 _STRIDED = types.Array(types.float64, 2, "A")

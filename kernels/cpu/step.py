@@ -6,18 +6,18 @@ For short vectors the way through Python takes most of the time.
 from functools import cache, lru_cache
 
 import numpy as np
-from numba import carray, types
+from numba import types
 
-from fastnewton.kernels.cpu import threads, tree, workspace
-from fastnewton.kernels.cpu.addresses import overlaps
-from fastnewton.kernels.cpu.combine import NO_ROW, _combine_kernel, _combine_on_threads
+from fastnewton.dtypes import DTYPES
+from fastnewton.kernels.cpu import combine, gram, threads, tree
+from fastnewton.kernels.cpu.combine import NO_ROW, combine_on_threads
 from fastnewton.kernels.cpu.eigen import eigensolver
-from fastnewton.kernels.cpu.gram import _gram_kernel, _gram_on_threads, _gram_size, _pieces, _positions, _room
-from fastnewton.kernels.cpu.jit import FLOAT, FLOATS, INT, INTS, INTS_2D, entry, jit
-from fastnewton.kernels.cpu.memory import pointer_at
+from fastnewton.kernels.cpu.gram import gram_on_threads
+from fastnewton.kernels.cpu.jit import FLOAT, FLOATS, INT, INTS, INTS_2D, address, entry, jit
+from fastnewton.kernels.cpu.memory import overlaps
 from fastnewton.kernels.cpu.spectrum import decision_code, project_gram, run_decision
-from fastnewton.kernels.cpu.threads import THREADED_BYTES, address
-from fastnewton.kernels.cpu.tree import BLOCK, blocks
+from fastnewton.kernels.cpu.threads import THREADED_BYTES
+from fastnewton.kernels.cpu.tree import blocks
 from fastnewton.kernels.record import GO, HEADER, LR, LR_REST, RESULT, STATUS
 
 
@@ -28,13 +28,10 @@ def step(thetas, grads, out, record, settings, *, eps: float, guarded: bool, pro
     gram and combine compute.
     """
     m, n, itemsize = thetas.m, thetas.n, thetas.itemsize
-    helpers = threads.helpers_for(m * n * itemsize >= THREADED_BYTES)
-    plan, numbers = _plan(m, n, grads.dtype, products, sums, helpers)
+    workers = threads.workers_for(m * n * itemsize >= THREADED_BYTES)
+    plan, memory = _plan(m, n, grads.dtype, products, sums, workers)
     rows = thetas.table, grads.table, out.table, n, itemsize
-    room = workspace.borrowed(numbers)
-    if not _run_step(threads.team.words, helpers, room, *plan, *rows, eps, guarded, settings, record):
-        raise MemoryError("no memory for the scratch of a kernel")
-    workspace.returned(room)
+    _run_step(threads.pool.address, workers, np.empty(memory), *plan, *rows, eps, guarded, settings, record)
 
 
 def step_of_arrays(
@@ -43,38 +40,34 @@ def step_of_arrays(
     """Take a step as `step` does, of NumPy arrays of float32 or float64 with n > 0; false unless compiled code found
     their strides and alignment in order."""
     m, n = thetas.shape
-    helpers = threads.helpers_for(thetas.nbytes >= THREADED_BYTES)
-    plan, numbers = _plan(m, n, dtype, compute, compute, helpers)
-    room = workspace.borrowed(numbers)
-    run = _step_entry(dtype)
-    taken = run(threads.team.words, helpers, room, *plan, thetas, grads, out, eps, guarded, settings, record)
-    workspace.returned(room)
-    return bool(taken)
+    workers = threads.workers_for(thetas.nbytes >= THREADED_BYTES)
+    plan, memory = _plan(m, n, dtype, compute, compute, workers)
+    run, arrays = _step_entry(dtype), (thetas, grads, out)
+    return bool(run(threads.pool.address, workers, np.empty(memory), *plan, *arrays, eps, guarded, settings, record))
 
 
 @lru_cache(maxsize=256)
-def _plan(m: int, n: int, dtype: str, products: str, sums: str, helpers: int):
-    """Return the code of a step's parts, its pieces of work and what is in their parts; and its workspace's size."""
-    codes = _gram_kernel(m, dtype, products, False), _combine_kernel(m, dtype, sums, "mean")
-    size = _gram_size(m, False)
-    places = _pieces(0, blocks(n), blocks(n), helpers, size)
-    codes = *codes, decision_code(), eigensolver(m)
-    return (*codes, places, _positions(m, False), size), _room(len(places), size, m, blocks(n), helpers)
+def _plan(m: int, n: int, dtype: str, products: str, sums: str, workers: int):
+    """Return the code of a step's parts, the tasks of its Gram and what is in their parts; and its memory's size."""
+    itemsize = DTYPES[dtype].itemsize
+    passes = [gram.plain_pass(m, dtype, products)]
+    *of_gram, memory = gram.plan(passes, m, n, itemsize, 0, blocks(n), workers)
+    codes = combine.kernels(m, n * itemsize, dtype, sums), decision_code(), eigensolver(m)
+    return (*of_gram, gram.positions(m), *codes), max(memory, combine.memory_size(m, workers))
 
 
 @jit
 def _step_on_threads(
-    team, helpers, room, gram_code, combine_code, decision, solver, places, positions, size, thetas, grads, out, n,
-    itemsize, eps, guarded, settings, record,
+    pool, workers, memory, tasks, passes, size, scratch, per_thread, positions, combine_codes, decision, solver,
+    thetas, grads, out, n, itemsize, eps, guarded, settings, record,
 ):  # fmt: skip
     m = thetas.size
-    if not _gram_on_threads(team, helpers, gram_code, m, grads, n, places, (n + BLOCK - 1) // BLOCK, size, room):
-        return False
-    parts = carray(pointer_at(address(room)), (len(places), size), np.float64)
-    values, products = tree.add_up(places, parts), np.empty((m + 1, m + 1))
+    gram_on_threads(pool, workers, passes, m, grads, n, itemsize, 0, tasks, size, scratch, per_thread, memory)
+    tree.add_up(tasks, address(memory), size)
+    products = np.empty((m + 1, m + 1))
     for i in range(m + 1):
         for j in range(m + 1):
-            products[i, j] = values[positions[i, j]]
+            products[i, j] = memory[positions[i, j]] if n > 0 else 0.0
     matrix, projection, norm2, floor = project_gram(products, m, eps)
     none, vectors = np.empty((0, 0)), np.empty((m, m))
     run_decision(
@@ -83,17 +76,18 @@ def _step_on_threads(
     if guarded and record[STATUS] != GO:
         return True
     weights = record[HEADER + m :]
-    verdict = _combine_on_threads(
-        team, helpers, combine_code, thetas, grads, NO_ROW, weights, record[LR], record[LR_REST], out, n, itemsize
+    tau, beta = record[LR], record[LR_REST]
+    finite = combine_on_threads(
+        pool, workers, combine_codes, thetas, grads, NO_ROW, weights, tau, beta, out, n, itemsize, memory
     )
-    record[RESULT] = verdict == 0
-    return verdict >= 0
+    record[RESULT] = finite == 0
+    return True
 
 
 @jit
 def _step_on_arrays(
-    team, helpers, room, gram_code, combine_code, decision, solver, places, positions, size, thetas, grads, out,
-    eps, guarded, settings, record,
+    pool, workers, memory, tasks, passes, size, scratch, per_thread, positions, combine_codes, decision, solver,
+    thetas, grads, out, eps, guarded, settings, record,
 ):  # fmt: skip
     m, n, itemsize = thetas.shape[0], thetas.shape[1], thetas.itemsize
     first, second, target = np.empty(m, np.int64), np.empty(m, np.int64), np.empty(1, np.int64)
@@ -104,8 +98,8 @@ def _step_on_arrays(
     if overlaps(target[0], end, first, n * itemsize) or overlaps(target[0], end, second, n * itemsize):
         return False
     return _step_on_threads(
-        team, helpers, room, gram_code, combine_code, decision, solver, places, positions, size, first, second, target,
-        n, itemsize, eps, guarded, settings, record,
+        pool, workers, memory, tasks, passes, size, scratch, per_thread, positions, combine_codes, decision, solver,
+        first, second, target, n, itemsize, eps, guarded, settings, record,
     )  # fmt: skip
 
 
@@ -119,12 +113,12 @@ def _tabled(rows, table):
     return (rows.strides[0] | address(rows)) % rows.itemsize == 0
 
 
-_PLAN = FLOATS, INT, INT, INT, INT, INTS_2D, INTS_2D, INT
+_PLAN = FLOATS, INTS_2D, INTS, INT, INT, INT, INTS_2D, INTS, INT, INT
 _SETTINGS = FLOAT, INT, FLOATS, FLOATS
-_run_step = entry(_step_on_threads, INTS, INT, *_PLAN, INTS, INTS, INTS, INT, INT, *_SETTINGS)
+_run_step = entry(_step_on_threads, INT, INT, *_PLAN, INTS, INTS, INTS, INT, INT, *_SETTINGS)
 
 
 @cache
 def _step_entry(dtype: str):
     rows, row = (types.Array(types.float32 if dtype == "float32" else FLOAT, ndim, "A") for ndim in (2, 1))
-    return entry(_step_on_arrays, INTS, INT, *_PLAN, rows, rows, row, *_SETTINGS)
+    return entry(_step_on_arrays, INT, INT, *_PLAN, rows, rows, row, *_SETTINGS)

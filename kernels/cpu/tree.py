@@ -13,7 +13,8 @@ import itertools
 
 import numpy as np
 
-from fastnewton.kernels.cpu.jit import FLOATS_2D, INTS_2D, entry, jit
+from fastnewton.kernels.cpu.jit import INT, INTS_2D, entry, jit
+from fastnewton.kernels.cpu.memory import copy, floats, integers, stack_memory
 
 BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so it takes BLOCK/lanes ≤ 256 terms
 
@@ -49,34 +50,40 @@ def merged(places: np.ndarray, parts: np.ndarray, first: int, last: int, blocks:
 
 
 def total(places: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """The sum (size,) over a subtree or over all blocks, from parts that cover it in order, and are overwritten; zeros
-    of none."""
-    return _summed(places, parts)
+    """Return the sum (size,) over a subtree or over all blocks, from parts that cover it in order, and are overwritten;
+    zeros where there is no part."""
+    if len(parts) == 0:
+        return np.zeros(parts.shape[1])
+    _add_up(places, parts.ctypes.data, parts.shape[1])
+    return parts[0]
 
 
 @jit
-def add_up(places, parts):
-    kept = np.empty_like(places)
+def add_up(places, first, size):
+    """Add parts of that size, the first at that address, up to the first."""
+    starts, levels = integers(stack_memory(128)), integers(stack_memory(128))  # of nodes without their right sibling
     height = 0
-    for index in range(len(places)):
-        start, level = places[index]
-        parts[height] = parts[index]
-        while height and kept[height - 1, 1] == level and kept[height - 1, 0] % (2 << level) == 0:
+    for index in range(places.shape[0]):
+        start, level = places[index, 0], places[index, 1]
+        if height < index:
+            copy(first + 8 * size * height, first + 8 * size * index, 8 * size)
+        while height and levels[height - 1] == level and starts[height - 1] & ((2 << level) - 1) == 0:
             height -= 1
-            add_to(parts[height], parts[height + 1])
-            start, level = kept[height, 0], level + 1
-        kept[height, 0], kept[height, 1] = start, level
+            add_to(first + 8 * size * height, first + 8 * size * (height + 1), size)
+            start, level = starts[height], level + 1
+        starts[height], levels[height] = start, level
         height += 1
     while height > 1:
         height -= 1
-        add_to(parts[height - 1], parts[height])
-    return parts[0].copy() if height else np.zeros(parts.shape[1])
+        add_to(first + 8 * size * (height - 1), first + 8 * size * height, size)
 
 
 @jit
-def add_to(left, right):
-    for k in range(left.size):
-        left[k] += right[k]
+def add_to(left, right, size):
+    """Add so many float64 to those at another address."""
+    sums, terms = floats(left), floats(right)
+    for k in range(size):
+        sums[k] += terms[k]
 
 
-_summed = entry(add_up, INTS_2D, FLOATS_2D)
+_add_up = entry(add_up, INTS_2D, INT, INT)

@@ -9,8 +9,7 @@ import pytest
 
 import fastnewton as fn
 from fastnewton.kernels.cpu import gram as cpu
-from fastnewton.kernels.cpu import step, threads
-from fastnewton.kernels.cpu.jit import jit, kernel
+from fastnewton.kernels.cpu import threads
 
 HALF = """
 import numpy as np
@@ -97,52 +96,43 @@ def arrays(rng):
     return rng.standard_normal((2, 4, 1 << 18)).astype(np.float32)
 
 
-def test_helpers_share_a_pass_and_are_fewer_where_the_limit_is_lower(arrays):
+def test_workers_share_a_pass_and_are_fewer_where_the_limit_is_lower(arrays):
     with threads.set_thread_limit(1):
         expected = fn.step(*arrays, lr=0.5)[0]
     for count in (2, 3, 2):
         with threads.set_thread_limit(count):
-            assert threads.helpers_for(True) == count - 1
+            assert threads.workers_for(True) == count - 1
             assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
     names = [thread.name for thread in threading.enumerate()]
     assert names.count("fastnewton") >= 2
 
 
-def test_a_caller_that_finds_the_helpers_busy_goes_on_alone(arrays):
+def test_a_caller_that_finds_the_workers_busy_goes_on_alone(arrays):
     expected = fn.step(*arrays, lr=0.5)[0]
     with threads.set_thread_limit(2):
-        threads.team.words[0] = 1
+        state = threads.pool.memory.view(np.int64)
+        busy, passes = threads.BUSY // 8, threads.PASS // 8
+        state[busy] = 1
         try:
-            before = threads.team.words[16]
+            before = state[passes]
             assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
-            assert threads.team.words[16] == before
+            assert state[passes] == before
         finally:
-            threads.team.words[0] = 0
+            state[busy] = 0
         assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
-        assert threads.team.words[16] > before
+        assert state[passes] > before
 
 
-def test_a_helper_sleeps_when_nothing_comes_and_wakes_again(arrays):
+def test_a_worker_sleeps_when_nothing_comes_and_wakes_again(arrays):
     expected = fn.step(*arrays, lr=0.5)[0]
     with threads.set_thread_limit(2):
         for _ in range(3):
-            threads.helpers_for(True)
+            threads.workers_for(True)
             deadline = time.monotonic() + 20
-            while not threads.team.is_asleep() and time.monotonic() < deadline:
+            while not threads.pool.is_asleep() and time.monotonic() < deadline:
                 time.sleep(0.001)
-            assert threads.team.is_asleep()
+            assert threads.pool.is_asleep()
             assert (fn.step(*arrays, lr=0.5)[0] == expected).all()
-
-
-def test_a_kernel_that_raises_is_an_error_of_the_caller(arrays, monkeypatch):
-    @jit
-    def broken(job):
-        raise MemoryError
-
-    monkeypatch.setattr(step, "_combine_kernel", lambda *arguments: kernel(broken))
-    monkeypatch.setattr(step, "_plan", step._plan.__wrapped__)
-    with pytest.raises(MemoryError, match="scratch"):
-        fn.step(*arrays, lr=0.5)
 
 
 def test_steps_after_the_main_thread_and_at_exit(run_python):
@@ -157,7 +147,7 @@ def test_processes_forked_while_others_step_and_compile(run_python, tmp_path):
 
 
 def test_threads_with_problems_of_their_own_get_the_serial_bits(rng):
-    """Each has its own m, dtype, options and `out`, all long enough for the helpers, which one of them has."""
+    """Each has its own m, dtype, options and `out`, all long enough for the workers, which one of them has."""
     problems = []
     for dtype, m, n, options in (
         (np.float32, 8, 1 << 18, {}),
@@ -206,9 +196,9 @@ except RuntimeError as error:
 
 def test_parts_of_many_workers_stay_small():
     m, count = 1024, 1 << 20
-    numbers = cpu.part_size(m, with_z=False, with_thetas=True)
-    pieces = cpu._pieces(0, count, count, 63, numbers)
-    assert len(pieces) * numbers * 8 <= max(cpu.PARTS_BYTES, 2 * numbers * 8)
+    size = cpu.part_size(m, with_thetas=True)
+    tasks = cpu._tasks(0, count, count, 63, size)
+    assert len(tasks) * size * 8 <= max(cpu.PARTS_BYTES, 2 * size * 8)
 
 
 @pytest.mark.parametrize("place", ["thetas", "grads"])
