@@ -4,7 +4,7 @@
 // Shapes       rows: m vectors of length n; finite: (m,) int32, ones before the launch.
 // Traffic      reads m·n·itemsize bytes once.
 // Determinism  the only value ever written is 0.
-// Launch       grid (blocks, m), grid-stride over coordinates, at most 1,024 blocks per row: not timed, so no occupancy query.
+// Launch       grid (blocks, m), grid-stride over coordinates; at most 1,024 blocks per row, since it is not timed.
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

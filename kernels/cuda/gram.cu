@@ -1,15 +1,15 @@
 // gram: K and b, from one pass over the gradients; with ΘᵀΘ, ΘᵀG and Θᵀḡ, from one pass over both arrays.
 //
-// Formula      gram: A_ij = Σ_c x_i(c)·x_j(c) over the rows x = g_1 − ḡ, …, g_M − ḡ, ḡ (and z, unless ḡ stands for it);
+// Formula      gram: A_ij = Σ_c x_i(c)·x_j(c) over the rows x = g_1 − ḡ, …, g_M − ḡ, ḡ (and z, if given);
 //              joint: the same over θ_i − θ̄, θ̄, g_i − ḡ, ḡ; centre: the rows x themselves, for a BLAS;
 //              project: K = CAC, b = Ca, zᵀz and 2·eps·‖ḡ‖ from A summed over the blocks; C = I − 11ᵀ/M.
-// Shapes       rows: M vectors of length n; z: (n,); parts: (PRODUCTS, blocks) float64; matrix: (M, M); projection: (M,).
-// Traffic      reads M·n·itemsize bytes once (and z), joint 2M·n·itemsize; writes a part per block, which project reads.
+// Shapes       rows: M vectors of length n; z: (n,); parts: (PRODUCTS, blocks); matrix: (M, M); projection: (M,)
+// Traffic      reads M·n·itemsize bytes once (and z), joint 2M·n·itemsize; writes a part per block; project reads them.
 //              centre reads M rows twice, the second time from the cache, and writes M + 1 (and z).
 // Rounding     mean and centred values stay in registers; a float32 sum has at most 256 terms, and is then added in
 //              float64.  project is float64 throughout.
-// Determinism  grid-stride: block b takes tiles b, b + gridDim.x, …; a block adds its threads' sums in a fixed order, and
-//              project the parts in the order of their indices, each lane every 32nd.
+// Determinism  grid-stride: block b takes tiles b, b + gridDim.x, …; it adds its threads' sums in a fixed order; project
+//              adds the parts in the order of their indices, each lane every 32nd.
 // Launch       as many blocks as are resident at once: each runs long enough to hide the reduction at its end; project
 //              in one block.
 #include "common.cuh"
@@ -48,7 +48,7 @@ __device__ __forceinline__ int place(int i, int j) {
 #endif
 
 #ifdef PROJECT
-// -- project: A's corner at row `top` and column `left` becomes K, or in JOINT also ΘᵀΘ at (0, 0) and ΘᵀG at (0, M + 1) --
+// -- project: the corner of A at (top, left) becomes K; in JOINT also ΘᵀΘ, at (0, 0), and ΘᵀG, at (0, M + 1) ---------
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     project(const double* parts, int blocks, int top, int left, double* matrix, double* projection, double* scalars) {
@@ -165,8 +165,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #elif KIND == TILED || KIND == JOINT
 // -- more workers: tiles of centred rows in shared memory, register blocking of SIDE × SIDE products ---------
 //
-// A tile holds COORDINATES coordinates of all rows.  A thread has the products of one pair of groups, and shares it with
-// SPLITS − 1 others by coordinates.  Neighbouring threads read neighbouring rows, which PITCH puts into different banks.
+// A tile holds COORDINATES coordinates of all rows.  A thread has the products of one pair of groups, which SPLITS
+// threads share, by coordinates.  Neighbouring threads read neighbouring rows: PITCH puts them into different banks.
 constexpr int ROWS = SIDE * GROUPS;
 constexpr int PITCH = COORDINATES + SIDE;
 constexpr int THREADS_PER_ROW = COORDINATES / ITEMS;
@@ -225,8 +225,8 @@ __device__ __forceinline__ void centre(const Vector (&vectors)[LOADS], Real (&pa
 
 __device__ __forceinline__ Quad load_quad(const Real* from) { return *reinterpret_cast<const Quad*>(from); }
 
-__device__ __forceinline__ void multiply(Real (&sums)[SIDE][SIDE], const Real (*left)[PITCH], const Real (*right)[PITCH],
-                                         int split) {
+__device__ __forceinline__ void multiply(Real (&sums)[SIDE][SIDE], const Real (*left)[PITCH],
+                                         const Real (*right)[PITCH], int split) {
   for (int c = split * SIDE; c < COORDINATES; c += SPLITS * SIDE) {
     Quad a[SIDE], b[SIDE];
 #pragma unroll

@@ -2,8 +2,8 @@
 //
 // Formula      K = V diag(σ²) Vᵀ;  j = #{k < M : σ_k ≥ max(λσ_1, floor), σ_k > 0}, at most max_rank;
 //              c = V_j diag(σ_j⁻²) V_jᵀ b, centred;  τ = lr, or min(lr, 1/σ_1), or min(lr, σ_min(ΘV_jΣ_j⁻¹)).
-// Shapes       matrix, thetas: (M, M), K and ΘᵀΘ; projection: (M,); record: see record.cuh; vectors_out: (M, M), column k
-//              is v_k, or null; scratch: (M, M), for the curvature cap.
+// Shapes       matrix, thetas: (M, M), K and ΘᵀΘ; projection: (M,); record: see record.cuh; vectors_out: (M, M) or null,
+//              column k is v_k; scratch: (M, M), for the curvature cap.
 // Traffic      a few (M, M) matrices, which stay in the cache; the eigenproblem in shared memory.
 // Determinism  one block; rotations in a fixed order, each sum by one thread.
 // Launch       one warp up to 32 workers, which needs no barriers; else one block, small enough to spill no registers.
