@@ -286,13 +286,13 @@ def test_workers_that_are_not_finite(rng):
     assert np.isnan(found.coefficients.host).all()
 
 
-def test_what_does_not_converge_goes_to_the_solver(rng, monkeypatch):
+def test_what_does_not_converge_is_decided_by_the_host(rng, monkeypatch):
     thetas, grads = workers(rng, 8, 1001)
     usual, _ = assert_step(thetas, grads, lr=0.7)
     really = spectrum_kernel.spectrum
 
-    def unconverged(*arguments, record, **options):
-        really(*arguments, record=record, **options)
+    def unconverged(gram, lr, options, record, vectors=None):
+        really(gram, lr, options, record, vectors)
         record.host[:] = np.nan
         record.host[STATUS] = NOT_CONVERGED
 
