@@ -19,8 +19,9 @@ import numpy as np
 
 import fastnewton as fn
 from bench import peers, roofline, timing
-from fastnewton.kernels.cuda import launch as cuda
-from fastnewton.kernels.cuda.launch import LIMIT
+from fastnewton.kernels.cuda import spectrum as spectrum_kernel
+from fastnewton.kernels.cuda.common import WORKER_LIMIT
+from fastnewton.options import Options
 from fastnewton.results import record_size
 
 COPIED = 1 << 30  # bytes, far beyond the L2 cache
@@ -169,9 +170,9 @@ def measure(case: Case) -> dict:
     }
     if case.nbytes < L2_BYTES:
         tasks["cold"] = _rotating(case, thetas, grads)
-        if case.m <= LIMIT and case.dtype != "bfloat16":  # above it waits; PyTorch has a stream of its own
+        if case.m <= WORKER_LIMIT and case.dtype != "bfloat16":  # above it waits; PyTorch has a stream of its own
             tasks["graph"] = _captured(step)
-    if case.m <= LIMIT:
+    if case.m <= WORKER_LIMIT:
         tasks["spectrum"] = _spectrum(grads)
     failed: dict[str, str] = {}
     if case.with_peers:
@@ -215,8 +216,8 @@ def _rotating(case: Case, thetas: Any, grads: Any) -> Callable[[], Any]:
 def _spectrum(grads: Any) -> Callable[[], None]:
     """The m × m part alone, as a step launches it."""
     gram, record = fn.gram(grads), _cupy().empty(record_size(len(grads)))
-    settings = {"cutoff": peers.CUTOFF, "max_rank": None, "lr": peers.LR, "lr_rest": None, "lr_cap": None}
-    return lambda: cuda.spectrum(gram, record=record, **settings)
+    options = Options(peers.CUTOFF)
+    return lambda: spectrum_kernel.spectrum(gram, peers.LR, options, record)
 
 
 def _peers(thetas: Any, grads: Any, failed: dict[str, str]) -> dict[str, Callable[[], Any]]:

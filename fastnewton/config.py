@@ -59,10 +59,10 @@ def _threads() -> str:
 
 
 def _cuda() -> str:
-    from fastnewton.kernels.cuda import launch as cuda
+    from fastnewton.kernels.cuda import jit
 
     try:
-        cupy = cuda.cupy()
+        cupy = jit.cupy()
     except RuntimeError as error:
         return str(error)
     runtime = cupy.cuda.runtime

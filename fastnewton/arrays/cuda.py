@@ -16,7 +16,7 @@ import numpy as np
 from fastnewton.arrays.layout import Device, Layout, Output, Rows, row_addresses
 from fastnewton.arrays.libraries import check_dtype, torch_dtype
 from fastnewton.dtypes import DTYPES
-from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cuda import jit
 
 _LEGACY_STREAM = 1  # DLPack's name for the stream whose handle is 0
 _NAMES = {dtype.dlpack: name for name, dtype in DTYPES.items()}
@@ -49,7 +49,7 @@ _pointer_in.restype, _pointer_in.argtypes = ctypes.c_void_p, (ctypes.py_object, 
 @contextmanager
 def context(*inputs: Rows) -> Iterator[None]:
     """Enter the device and stream of these arrays, and keep the arrays alive until the stream is done."""
-    cupy, like = cuda.cupy(), inputs[0]
+    cupy, like = jit.cupy(), inputs[0]
     current = cupy.cuda.get_current_stream(like.device.index)
     own = current if current.ptr == like.stream else cupy.cuda.ExternalStream(like.stream, like.device.index)
     with cupy.cuda.Device(like.device.index), own as stream:
@@ -68,7 +68,7 @@ def describe(value: Any, name: str, library: str, device: Device) -> Layout:
     """Describe an array on a CUDA device, and name the stream on which it is ready."""
     if library == "torch":
         return _describe_torch(value, device)
-    stream = cuda.cupy().cuda.get_current_stream(device.index).ptr
+    stream = jit.cupy().cuda.get_current_stream(device.index).ptr
     if library == "cupy":
         dtype = check_dtype(value.dtype.name, name)
         return Layout(value.data.ptr, value.shape, value.strides, dtype, library, value, device, stream)
@@ -76,7 +76,7 @@ def describe(value: Any, name: str, library: str, device: Device) -> Layout:
 
 
 def _describe_torch(tensor: Any, device: Device) -> Layout:
-    cuda.cupy()
+    jit.cupy()
     dtype, stream = torch_dtype(tensor), sys.modules["torch"].cuda.current_stream(tensor.device).cuda_stream
     strides = _in_bytes(tensor.stride(), dtype)
     return Layout(tensor.data_ptr(), tuple(tensor.shape), strides, dtype, "torch", tensor, device, stream)
@@ -107,7 +107,7 @@ def coefficients(layout: Layout, like: Rows) -> Any:
     vector = layout.owner if layout.device.kind == "cpu" else _view(layout)
     if like.device.kind == "cpu":
         return vector.get().astype(np.float64)
-    cupy = cuda.cupy()
+    cupy = jit.cupy()
     with context(like):
         if layout.device == like.device and layout.stream != like.stream:
             ready = cupy.cuda.ExternalStream(layout.stream, like.device.index).record()
@@ -116,7 +116,7 @@ def coefficients(layout: Layout, like: Rows) -> Any:
 
 
 def _view(layout: Layout) -> Any:
-    cupy, index, (m,) = cuda.cupy(), layout.device.index, layout.shape
+    cupy, index, (m,) = jit.cupy(), layout.device.index, layout.shape
     size = layout.strides[0] * (m - 1) + DTYPES[layout.dtype].itemsize
     with cupy.cuda.Device(index), cupy.cuda.ExternalStream(layout.stream, index):
         block = cupy.cuda.UnownedMemory(layout.address, size, layout.owner, index)
@@ -134,7 +134,7 @@ def new_output(like: Rows) -> Output:
         address = result.data_ptr()
     else:
         raw = like.library == "jax" and like.dtype == "bfloat16"
-        result = cuda.cupy().empty(like.n, DTYPES[like.dtype].word if raw else DTYPES[like.dtype].numpy())
+        result = jit.cupy().empty(like.n, DTYPES[like.dtype].word if raw else DTYPES[like.dtype].numpy())
         address = result.data.ptr
     target = like._replace(table=row_addresses(address, 0, 1), owner=result)
     return Output(target, lambda: _to_jax(result, like.dtype) if like.library == "jax" else result)

@@ -4,8 +4,17 @@ from types import ModuleType
 
 from fastnewton.arrays import Rows
 from fastnewton.backends import cpu, cuda
+from fastnewton.kernels.cpu import workspace
+from fastnewton.kernels.cuda import memory
 
 
 def backend(like: Rows) -> ModuleType:
     """The side that these arrays are on."""
     return cuda if like.device.kind == "cuda" else cpu
+
+
+def clear_caches() -> None:
+    """Release the memory that is kept between calls, on devices too, where captured graphs write to it: none may be
+    replayed afterwards."""
+    workspace.release()
+    memory.release()

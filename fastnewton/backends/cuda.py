@@ -1,11 +1,12 @@
-"""The parts of the method on a CUDA device: up to 64 workers all of it is enqueued there, nothing waits.
+"""The parts of the method on a CUDA device: up to 64 workers a step without safeguards is all enqueued there.
 
-Beyond, the m × m part runs as on the host, with the eigenproblem alone on the device.
+The host decides for more workers, with safeguards, and where the device's eigenproblem does not converge.
 """
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -14,159 +15,156 @@ from fastnewton.arrays import Rows
 from fastnewton.arrays.cuda import context
 from fastnewton.decision import decide
 from fastnewton.kernels.cpu.gram import RawGram
-from fastnewton.kernels.cpu.tree import BLOCK, blocks  # noqa: F401  (the same blocks on both sides)
-from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cpu.tree import BLOCK, blocks
+from fastnewton.kernels.cuda import combine as combine_kernel
+from fastnewton.kernels.cuda import gram as gram_kernel
+from fastnewton.kernels.cuda import jit, memory
+from fastnewton.kernels.cuda import spectrum as spectrum_kernel
+from fastnewton.kernels.cuda.common import WORKER_LIMIT
+from fastnewton.kernels.cuda.finite import finite_rows
+from fastnewton.kernels.cuda.gram import JOINT_LIMIT, Products
 from fastnewton.kernels.record import GO, HEADER, NOT_CONVERGED, RESULT
+from fastnewton.options import Options
 from fastnewton.results import Gram, Spectrum, StepInfo, record_size, to_host, weights_of
 
+__all__ = ["BLOCK", "blocks", "context", "decide"]  # the same on both sides, or found elsewhere
 
-class Record(NamedTuple):
-    """The record of a step on its device, and the stream that writes it."""
-
-    array: Any
-    like: Rows
-
-    def get(self) -> np.ndarray:
-        """Wait for the step, and read."""
-        with context(self.like):
-            return self.array.get()
+Allocate = Callable[[str, int], Any]  # by purpose and size
 
 
 # -- gram ---------------------------------------------------------------------------------------------------
 
 
-class Products(NamedTuple):
-    """What `kernels/cuda.py` writes of one array: K, b, and [zᵀz, 2·eps·‖mean‖]."""
-
-    matrix: Any
-    projection: Any
-    scalars: Any
-
-
 def gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str) -> Gram:
-    """The Gram of checked input, in arrays of its own on the device."""
-    m = grads.m
-    if m > cuda.LIMIT:
-        return _on_device(_large_gram(grads, z, thetas, compute, cross=True))
-    found = _measured(*_new_products(m, 2), grads, z, None, compute)
+    """Form K and b in new arrays on the device; with thetas also all products of both, in a pass of their own."""
+    if grads.m > WORKER_LIMIT:
+        return _to_device(_large_gram(grads, z, thetas, compute, cross=True))
+    plain = _plain_gram(grads, z, None, compute, _allocate)
     if thetas is None:
-        return found
-    own = {name: getattr(found, name) for name in ("matrix", "projection", "norm2", "floor")}
-    return dataclasses.replace(_joint_gram(thetas, grads), **own)
+        return plain
+    own = {name: getattr(plain, name) for name in ("matrix", "projection", "norm2", "floor")}
+    return _to_device(dataclasses.replace(_joint_gram(thetas, grads, _allocate), **own))
 
 
-def _joint_gram(thetas: Rows, grads: Rows) -> Gram:
-    """The Gram with all products in float64, in arrays of its own on the device."""
+def step_gram(thetas: Rows | None, grads: Rows, options: Options, compute: str) -> Gram:
+    """Form the Gram that a step with these options is decided from, in host memory."""
+    if thetas is not None and options.safeguards is not None:
+        return to_host(_joint_gram(thetas, grads, memory.workspace))
+    thetas = thetas if options.reads_thetas else None
+    if grads.m > WORKER_LIMIT:
+        return _large_gram(grads, None, thetas, compute, cross=False)
+    return to_host(_plain_gram(grads, None, thetas, compute, memory.workspace))
+
+
+def _allocate(_purpose: str, size: int) -> Any:
+    return jit.cupy().empty(size)
+
+
+def _plain_gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, allocate: Allocate) -> Gram:
+    """Form K and b, and ΘᵀΘ for the curvature cap: in float64, since the cap is set by its smallest directions."""
     m = grads.m
-    if m > cuda.JOINT_LIMIT:
-        return _on_device(_large_gram(grads, None, thetas, "float64", cross=True))
-    of_thetas, cross, of_grads = _new_products(m, 3)
-    cuda.joint(thetas, grads, of_thetas=of_thetas, cross=cross, of_grads=of_grads)
-    theta_floor = of_thetas.scalars[1:2].reshape(())
-    return Gram(*_parted(of_grads), of_thetas.matrix, cross.matrix, theta_floor, cross.projection)
-
-
-def _size(m: int) -> int:
-    return m * m + m + 2
-
-
-def _new_products(m: int, count: int) -> list[Products]:
-    return [_products(cuda.cupy().empty(_size(m)), m) for _ in range(count)]
-
-
-def _parted(found: Products) -> tuple[Any, Any, Any, Any]:
-    """K, b, zᵀz and the floor."""
-    return found.matrix, found.projection, *(found.scalars[k : k + 1].reshape(()) for k in range(2))
-
-
-def _products(memory: Any, m: int) -> Products:
-    return Products(memory[: m * m].reshape(m, m), memory[m * m : m * m + m], memory[m * m + m :])
-
-
-def _measured(
-    of_grads: Products, of_thetas: Products, grads: Rows, z: Rows | None, thetas: Rows | None, compute: str
-) -> Gram:
-    cuda.gram(grads, z, compute=compute, **of_grads._asdict())
+    out = Products.of(allocate("grads", Products.size(m)), m)
+    gram_kernel.gram(grads, z, compute=compute, out=out)
+    plain = Gram(out.matrix, out.projection, out.norm2, out.floor)
     if thetas is None:
-        return Gram(*_parted(of_grads))
-    # ΘᵀΘ is for the step length, whose smallest directions products in float32 would lose.
-    cuda.gram(thetas, None, compute="float64", **of_thetas._asdict())
-    return Gram(*_parted(of_grads), of_thetas.matrix, None, of_thetas.scalars[1:2].reshape(()))
+        return plain
+    of_thetas = Products.of(allocate("thetas", Products.size(m)), m)
+    gram_kernel.gram(thetas, None, compute="float64", out=of_thetas)
+    return dataclasses.replace(plain, theta_matrix=of_thetas.matrix, theta_floor=of_thetas.floor)
+
+
+def _joint_gram(thetas: Rows, grads: Rows, allocate: Allocate) -> Gram:
+    """Form all products in float64; above JOINT_LIMIT workers in host memory."""
+    m = grads.m
+    if m > JOINT_LIMIT:
+        return _large_gram(grads, None, thetas, "float64", cross=True)
+    of_thetas, cross, own = (Products.of(allocate(name, Products.size(m)), m) for name in ("thetas", "cross", "grads"))
+    gram_kernel.joint_gram(thetas, grads, of_thetas=of_thetas, cross=cross, of_grads=own)
+    return Gram(*own[:2], own.norm2, own.floor, of_thetas.matrix, cross.matrix, of_thetas.floor, cross.projection)
 
 
 def _large_gram(grads: Rows, z: Rows | None, thetas: Rows | None, compute: str, cross: bool) -> Gram:
-    """The Gram of any number of workers, on the host."""
-    raw = RawGram(grads.m, cuda.large_gram(grads, z, compute=compute).get())
+    """Form the Gram of any number of workers, in host memory."""
+    raw = RawGram(grads.m, gram_kernel.large_gram(grads, z, compute=compute).get())
     if thetas is not None:
-        raw = raw._replace(of_thetas=cuda.large_gram(thetas, None, compute="float64").get())
+        raw = raw._replace(of_thetas=gram_kernel.large_gram(thetas, None, compute="float64").get())
     if thetas is not None and cross:
-        raw = raw._replace(cross=cuda.large_cross(thetas, grads).get())
+        raw = raw._replace(cross=gram_kernel.large_cross(thetas, grads).get())
     return decision.project(raw, grads.dtype)
 
 
-def _on_device(found: Gram) -> Gram:
-    """The same with arrays on the device."""
-    put = cuda.cupy().asarray
-    values = {name: getattr(found, name) for name in found.__dataclass_fields__}
-    return Gram(**{name: None if value is None else put(value) for name, value in values.items()})
+def _to_device(gram: Gram) -> Gram:
+    put, values = jit.cupy().asarray, vars(gram).items()
+    return Gram(**{name: value if value is None else put(value) for name, value in values})
 
 
 # -- spectrum, combine --------------------------------------------------------------------------------------
 
 
 def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
-    """As `fastnewton.spectrum`, with the arrays on the device; waits for the rank."""
-    cupy = cuda.cupy()
-    m = gram.projection.size
-    if m <= cuda.LIMIT:
-        record, vectors = cupy.empty(record_size(m)), cupy.empty((m, m))
-        cuda.spectrum(
-            gram, cutoff=cutoff, max_rank=max_rank, lr=0.0, lr_rest=None, lr_cap=None, record=record, vectors=vectors
-        )
+    """Solve for the Spectrum in new arrays on the device; waits for the rank."""
+    m, put = gram.projection.size, jit.cupy().asarray
+    if m <= WORKER_LIMIT:
+        record, vectors = jit.cupy().empty(record_size(m)), jit.cupy().empty((m, m))
+        spectrum_kernel.spectrum(gram, 0.0, Options(cutoff, max_rank), record, vectors)
         info = StepInfo(record.get())
         if info.status != NOT_CONVERGED:
-            sigma, c = record[HEADER : HEADER + m], weights_of(record)[m:]
-            return Spectrum(sigma, vectors, info.rank, c, info.captured)
-    found = decision.spectrum(to_host(gram), cutoff, max_rank)
-    put = cupy.asarray
-    return Spectrum(put(found.singular_values), put(found.vectors), found.rank, put(found.coefficients), found.captured)
+            return Spectrum(record[HEADER : HEADER + m], vectors, info.rank, weights_of(record)[m:], info.captured)
+    host = decision.spectrum(to_host(gram), cutoff, max_rank)
+    return Spectrum(put(host.singular_values), put(host.vectors), host.rank, put(host.coefficients), host.captured)
 
 
-def combine_rows(
-    thetas: Rows, grads: Rows, coefficients: Any, *, tau: float, beta: float, z: Rows | None, out: Rows, compute: str
-) -> None:
-    """θ̄ − τΘc − β(ḡ − Gc), or z + (Θ − G)c, written to `out`."""
-    cuda.combine(thetas, grads, coefficients, tau=tau, beta=beta, z=z, out=out, compute=compute)
+combine_rows = combine_kernel.combine
 
 
-# -- step -----------------------------------------------------------------------------------------------------------
+def combine(thetas: Rows, grads: Rows, info: StepInfo, *, out: Rows, compute: str) -> None:
+    """Write θ_new of a step that the host decided to `out`, and in the record whether it is finite; waits."""
+    record = jit.cupy().asarray(info.record)
+    combine_kernel.combine(thetas, grads, weights_of(record), out=out, compute=compute, record=record)
+    info.record[RESULT] = record.get()[RESULT]
+
+
+def nonfinite_workers(*matrices: Rows) -> list[int]:
+    """Return the workers with a NaN or an infinity in any of their rows."""
+    finite = np.logical_and.reduce([finite_rows(rows).get() != 0 for rows in matrices])
+    return np.flatnonzero(~finite).tolist()
+
+
+# -- step ---------------------------------------------------------------------------------------------------
+
+
+class DeviceRecord:
+    """The record of a step in device memory: each look waits for the step and reads it."""
+
+    def __init__(self, array: Any):
+        self._array = array
+        self._stream = jit.cupy().cuda.get_current_stream()  # held, or CuPy would destroy a stream of its own
+
+    def get(self) -> np.ndarray:
+        """Return a copy in host memory."""
+        with self._array.device, self._stream:
+            return self._array.get()
 
 
 def fused(
-    thetas: Rows, grads: Rows, lr: float, options: Any, out: Rows, *, products: str, sums: str
+    thetas: Rows, grads: Rows, lr: float, options: Options, out: Rows, *, products: str, sums: str
 ) -> StepInfo | None:
-    """Enqueue a whole step of up to 64 workers without safeguards; None for any other."""
-    cupy = cuda.cupy()
+    """Enqueue a whole step of up to 64 workers without safeguards; None for any other.
+
+    Nothing waits in between: `combine` sees the status of K on the device.  Unless NaN is to propagate, the step waits
+    for its record at the end.
+    """
     m, guarded = grads.m, not options.propagates
-    if options.safeguards is not None or m > cuda.LIMIT:
+    if options.safeguards is not None or m > WORKER_LIMIT:
         return None
-    of_grads, of_thetas = (_products(cuda.workspace(name, _size(m)), m) for name in ("grads", "thetas"))
-    measured = thetas if options.lr_cap == "curvature" else None
-    gram = _measured(of_grads, of_thetas, grads, None, measured, products)
-    record = cupy.empty(record_size(m))
-    settings = {
-        "cutoff": options.cutoff,
-        "max_rank": options.max_rank,
-        "lr_rest": options.lr_rest,
-        "lr_cap": options.lr_cap,
-    }
-    cuda.spectrum(gram, lr=lr, record=record, **settings)
-    cuda.combine(thetas, grads, weights_of(record), out=out, compute=sums, record=record, guarded=guarded)
-    if cupy.cuda.get_current_stream().is_capturing():
-        cuda.keep(record)
+    gram = _plain_gram(grads, None, thetas if options.reads_thetas else None, products, memory.workspace)
+    record = jit.cupy().empty(record_size(m))
+    spectrum_kernel.spectrum(gram, lr, options, record)
+    combine_kernel.combine(thetas, grads, weights_of(record), out=out, compute=sums, record=record, guarded=guarded)
+    if jit.cupy().cuda.get_current_stream().is_capturing():
+        memory.keep_for_graph(record)
     if not guarded:
-        stream = cupy.cuda.get_current_stream()  # kept, since CuPy destroys a stream of its own that nobody holds
-        return StepInfo(Record(record, grads._replace(owner=stream)))
+        return StepInfo(DeviceRecord(record))
     info = StepInfo(record.get())
     if info.status == NOT_CONVERGED:
         info = decide(to_host(gram), lr, options)
@@ -175,75 +173,46 @@ def fused(
     return info
 
 
-def step_gram(thetas: Rows, grads: Rows, options: Any, compute: str) -> Gram:
-    """Form the Gram that a step with these options is decided from, on the host."""
-    if options.safeguards is not None:
-        return to_host(_joint_gram(thetas, grads))
-    return _large_gram(grads, None, thetas if options.reads_thetas else None, compute, cross=False)
-
-
-def combine(thetas: Rows, grads: Rows, info: StepInfo, *, out: Rows, compute: str) -> None:
-    """Write θ_new of a decided step to `out`, and in the record whether it is finite; waits."""
-    record = cuda.cupy().asarray(info.record)
-    cuda.combine(thetas, grads, weights_of(record), out=out, compute=compute, record=record)
-    info.record[RESULT] = record.get()[RESULT]
-
-
-def nonfinite_workers(*matrices: Rows) -> list[int]:
-    """The workers with a NaN or an infinity in any of their rows."""
-    finite = np.logical_and.reduce([cuda.finite_rows(given).get() != 0 for given in matrices])
-    return np.flatnonzero(~finite).tolist()
-
-
 # -- parts of K, for several processes ----------------------------------------------------------------------
 #
-# A process sends one part, the projected sums over its own coordinates: K, b, ‖ḡ‖² and the square of the floor add up.
+# A process sends one part, laid out as Products: K, b, ‖ḡ‖² and the square of the floor over its own coordinates, which
+# add up; then the same of ΘᵀΘ, then of ΘᵀG, where a step reads them.
 
 
 def layout() -> tuple[str, str, int]:
-    """What ranks must agree on for their parts to be added."""
-    return "cuda", cuda.digest(), BLOCK
+    """Return what processes must agree on for their parts to be added."""
+    return "cuda", jit.digest(), BLOCK
 
 
 def places(first: int, last: int, count: int) -> list[tuple[int, int]]:
-    """Which parts a process sends that has blocks first … last−1 of so many."""
+    """Return the places of the parts that a process with blocks first … last−1 of `count` sends."""
     return [(first, 0)] if first < last else []
 
 
-def part_size(m: int, options: Any) -> int:
-    """Numbers in one part."""
-    return (1 + options.reads_thetas + (options.safeguards is not None)) * _size(m)
+def part_size(m: int, options: Options) -> int:
+    """Count the numbers in one part."""
+    return (1 + options.reads_thetas + (options.safeguards is not None)) * Products.size(m)
 
 
-def parts(grads: Rows, thetas: Rows | None, options: Any, compute: str, first: int, last: int) -> np.ndarray:
-    """The parts of those places (places, size)."""
+def parts(grads: Rows, thetas: Rows | None, options: Options, compute: str, first: int, last: int) -> np.ndarray:
+    """Compute the parts of these blocks (places, part_size)."""
     if first == last:
         return np.empty((0, part_size(grads.m, options)))
-    start = first * BLOCK
-    own = [rows and rows.part(start, min(last * BLOCK, rows.n) - start) for rows in (grads, thetas)]
-    found = to_host(_part_of_gram(*own, options, compute))
-    values = [*found.matrix.ravel(), *found.projection, found.norm2, found.floor**2]
+    start, count = first * BLOCK, min(last * BLOCK, grads.n) - first * BLOCK
+    gram = step_gram(thetas and thetas.part(start, count), grads.part(start, count), options, compute)
+    values = [gram.matrix, gram.projection, gram.norm2, gram.floor**2]
     if thetas is not None:
-        values += [*found.theta_matrix.ravel(), *np.zeros(grads.m + 1), found.theta_floor**2]
+        values += [gram.theta_matrix, np.zeros(grads.m + 1), gram.theta_floor**2]
     if options.safeguards is not None:
-        values += [*found.cross_matrix.ravel(), *found.cross_projection, 0, 0]
-    return np.array([values])
+        values += [gram.cross_matrix, gram.cross_projection, np.zeros(2)]
+    return np.concatenate([np.ravel(value) for value in values])[None]
 
 
-def _part_of_gram(grads: Rows, thetas: Rows | None, options: Any, compute: str) -> Gram:
-    if options.safeguards is not None:
-        return _joint_gram(thetas, grads)
-    if grads.m > cuda.LIMIT:
-        return _large_gram(grads, None, thetas, compute, cross=False)
-    return _measured(*_new_products(grads.m, 2), grads, None, thetas, compute)
-
-
-def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, options: Any) -> Gram:
-    """The Gram, from the parts of all processes in order."""
-    sums = np.zeros((3, _size(m)))  # what was not measured stays zero
-    for part in parts:  # one after the other: the order is what makes the bits
-        sums.ravel()[: part.size] += part
-    of_grads, of_thetas, cross = (_products(row, m) for row in sums)
-    (norm2, floor2), (_, theta_floor2) = of_grads.scalars.tolist(), of_thetas.scalars.tolist()
-    of_both = of_thetas.matrix, cross.matrix, math.sqrt(theta_floor2), cross.projection
-    return Gram(of_grads.matrix, of_grads.projection, norm2, math.sqrt(floor2), *of_both)
+def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, options: Options) -> Gram:
+    """Add up the Gram, from the parts of all processes in order."""
+    sums = np.zeros(3 * Products.size(m))  # what a step does not read stays zero
+    for part in parts:  # one after the other: the order decides the bits
+        sums[: part.size] += part
+    own, of_thetas, cross = (Products.of(values, m) for values in sums.reshape(3, -1))
+    floors = math.sqrt(own.floor), math.sqrt(of_thetas.floor)
+    return Gram(*own[:2], float(own.norm2), floors[0], of_thetas.matrix, cross.matrix, floors[1], cross.projection)

@@ -8,7 +8,7 @@ import numpy as np
 from fastnewton import arrays
 from fastnewton.arrays import Rows
 from fastnewton.dtypes import DTYPES
-from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cuda import jit, memory
 from fastnewton.mpi import gpu_aware
 
 
@@ -54,11 +54,11 @@ class DeviceBuffers(HostBuffers):
     """Device memory; MPI knows of no stream, so that what was enqueued is waited for before it is called."""
 
     def receiving(self, shape: tuple[int, int]) -> Any:
-        return cuda.cupy().empty(shape, self.word)
+        return jit.cupy().empty(shape, self.word)
 
     def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
-        words = cuda.view(one, self.word)
-        cuda.cupy().cuda.get_current_stream().synchronize()
+        words = memory.view(one, self.word)
+        jit.cupy().cuda.get_current_stream().synchronize()
         return lambda k: words[pieces[k]]
 
     def rows(self, stack: Any, like: Rows) -> Rows:
@@ -66,18 +66,20 @@ class DeviceBuffers(HostBuffers):
         return like._replace(table=stack.data.ptr + step * np.arange(len(stack), dtype=np.int64), owner=stack)
 
     def collecting(self, target: Rows) -> Any:
-        return cuda.view(target, self.word)
+        return memory.view(target, self.word)
 
 
 class PinnedBuffers(DeviceBuffers):
     """Pinned memory of CuPy's pool; one piece is copied while those before it are sent."""
 
     def receiving(self, shape: tuple[int, int]) -> Any:
-        return cuda.pinned(shape, self.word)
+        return memory.pinned(shape, self.word)
 
     def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
-        words = cuda.pinned((one.n,), self.word)
-        copied = [cuda.fetch(one.part(piece.start, piece.stop - piece.start), words[piece]) for piece in pieces]
+        words = memory.pinned((one.n,), self.word)
+        copied = [
+            memory.copy_to_host(one.part(piece.start, piece.stop - piece.start), words[piece]) for piece in pieces
+        ]
 
         def piece(k: int) -> np.ndarray:
             copied[k].synchronize()
@@ -86,16 +88,16 @@ class PinnedBuffers(DeviceBuffers):
         return piece
 
     def rows(self, stack: Any, like: Rows) -> Rows:
-        return super().rows(cuda.sent(stack), like)
+        return super().rows(memory.upload(stack), like)
 
     def collecting(self, target: Rows) -> Any:
-        return cuda.pinned((target.n,), self.word)
+        return memory.pinned((target.n,), self.word)
 
     def finish(self, write: Callable[[Rows], None], target: Rows, piece: slice, whole: Any) -> None:
-        shard = cuda.cupy().empty(piece.stop - piece.start, self.word)
+        shard = jit.cupy().empty(piece.stop - piece.start, self.word)
         there = target._replace(table=np.array([shard.data.ptr], np.int64), n=shard.size)
         write(there)
-        cuda.fetch(there, whole[piece]).synchronize()
+        memory.copy_to_host(there, whole[piece]).synchronize()
 
     def deliver(self, whole: Any, target: Rows) -> None:
-        cuda.written(whole, target)
+        memory.copy_to_device(whole, target)

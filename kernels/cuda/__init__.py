@@ -1,1 +1,1 @@
-"""The CUDA kernels."""
+"""The CUDA kernels, and their launches beside them."""

@@ -1,15 +1,15 @@
-// What the kernels share: storage types, rows of workers, loads of sixteen bytes, sums over a warp.
+// What the kernels share: storage types, the workers' rows, 16-byte loads, warp reductions.
 //
-// Macros given by the launcher (kernels/cuda.py):
-//   STORAGE  FLOAT32, FLOAT64, FLOAT16 or BFLOAT16: the type of the arrays
-//   COMPUTE  float or double: the type of products and short sums
-//   M        workers, known to the compiler; 0 leaves the number to the launch
-//   WIDTH    bytes of one load, 16, 8, 4 or 2: every row is aligned to it, except with
-//   SHIFTED  1: every row begins `shift` bytes after a multiple of 16; loads are of 16 bytes all the same
-//   THREADS  threads of a block
+// Macros, set by common.py:
+//   STORAGE  FLOAT32, FLOAT64, FLOAT16 or BFLOAT16: type of the arrays
+//   COMPUTE  float or double: type of products and short sums
+//   M        number of workers at compile time; 0 passes it as an argument
+//   WIDTH    bytes per load instruction, 16, 8, 4 or 2: every row is aligned to it, except with
+//   SHIFTED  1: every row begins `shift` bytes past a 16-byte boundary; loads are still 16 bytes wide
+//   THREADS  threads per block
 //
-// A thread always takes the GROUP coordinates of one 16-byte load, however wide the loads really are: the order of
-// summation, and with it every bit, does not depend on alignment.
+// Whatever WIDTH is, a thread takes the ITEMS coordinates of one 16-byte vector: the order of summation, and so every
+// bit, is independent of alignment.
 #pragma once
 
 #ifndef FN_SHARED
@@ -17,36 +17,38 @@
 #define FN_DYN_SHARED(T, name) extern __shared__ T name[]
 #endif
 
+#ifndef WITH_Z
+#define WITH_Z 0
+#endif
+
 #define FLOAT32 1
 #define FLOAT64 2
 #define FLOAT16 3
 #define BFLOAT16 4
 
-#define STRAIGHT 1
-#define TILED 2
-#define JOINT 3
-#define CENTRE 4
-#define SPECTRUM 5
-
 #if STORAGE == FLOAT32
 typedef float Stored;
+constexpr double EPS = 1.0 / (1 << 23);
 #elif STORAGE == FLOAT64
 typedef double Stored;
+constexpr double EPS = 1.0 / (1ll << 52);
 #elif STORAGE == FLOAT16
 #include <cuda_fp16.h>
 typedef unsigned short Stored;
+constexpr double EPS = 1.0 / (1 << 10);
 #elif STORAGE == BFLOAT16
 #include <cuda_bf16.h>
 typedef unsigned short Stored;
+constexpr double EPS = 1.0 / (1 << 7);
 #endif
 
 typedef COMPUTE Real;
 typedef long long i64;
 
-constexpr int GROUP = 16 / sizeof(Stored);
-constexpr unsigned WARP = 0xffffffffu;
+constexpr int ITEMS = 16 / sizeof(Stored);
+constexpr unsigned FULL_WARP = 0xffffffffu;
 
-// Where each worker's vector begins: by value up to 64 workers, so that a launch needs no copy of its own.
+// The address of each worker's row: by value while the kernel is compiled for M, so that a launch copies nothing.
 #if M
 struct Rows {
   const Stored* row[M];
@@ -57,24 +59,24 @@ struct Rows {
 };
 #endif
 
-// GROUP stored values as they lie in memory.
-struct Words {
+// ITEMS stored values as raw bits.
+struct Vector {
   unsigned word[4];
 };
 
-__device__ __forceinline__ Real value(const Words& words, int v) {
+__device__ __forceinline__ Real value(const Vector& vector, int v) {
 #if STORAGE == FLOAT32
-  return Real(__uint_as_float(words.word[v]));
+  return Real(__uint_as_float(vector.word[v]));
 #elif STORAGE == FLOAT64
-  return Real(__hiloint2double(words.word[2 * v + 1], words.word[2 * v]));
+  return Real(__hiloint2double(vector.word[2 * v + 1], vector.word[2 * v]));
 #elif STORAGE == FLOAT16
-  return Real(__half2float(__ushort_as_half((unsigned short)(words.word[v / 2] >> 16 * (v % 2)))));
+  return Real(__half2float(__ushort_as_half((unsigned short)(vector.word[v / 2] >> 16 * (v % 2)))));
 #else
-  return Real(__uint_as_float(v % 2 ? words.word[v / 2] & 0xffff0000u : words.word[v / 2] << 16));
+  return Real(__uint_as_float(v % 2 ? vector.word[v / 2] & 0xffff0000u : vector.word[v / 2] << 16));
 #endif
 }
 
-__device__ __forceinline__ Stored rounded(Real x) {
+__device__ __forceinline__ Stored round_to_stored(Real x) {
 #if STORAGE == FLOAT16
   return __half_as_ushort(__float2half_rn(float(x)));
 #elif STORAGE == BFLOAT16
@@ -94,44 +96,45 @@ __device__ __forceinline__ bool is_finite(Stored x) {
 #endif
 }
 
-__device__ __forceinline__ Words put_together(const Stored (&values)[GROUP]) {
-  Words words;
+__device__ __forceinline__ Vector pack(const Stored (&values)[ITEMS]) {
+  Vector vector;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
 #if STORAGE == FLOAT32
-    words.word[w] = __float_as_uint(values[w]);
+    vector.word[w] = __float_as_uint(values[w]);
 #elif STORAGE == FLOAT64
-    words.word[w] = w % 2 ? __double2hiint(values[w / 2]) : __double2loint(values[w / 2]);
+    vector.word[w] = w % 2 ? __double2hiint(values[w / 2]) : __double2loint(values[w / 2]);
 #else
-    words.word[w] = values[2 * w] | unsigned(values[2 * w + 1]) << 16;
+    vector.word[w] = values[2 * w] | unsigned(values[2 * w + 1]) << 16;
 #endif
   }
-  return words;
+  return vector;
 }
 
-__device__ __forceinline__ Words load_wide(const Stored* from) {
-  Words words;
+// Load a vector whose address is a multiple of WIDTH.
+__device__ __forceinline__ Vector load_aligned(const Stored* from) {
+  Vector vector;
 #if WIDTH == 16
   const uint4 all = __ldg(reinterpret_cast<const uint4*>(from));
-  words = {all.x, all.y, all.z, all.w};
+  vector = {all.x, all.y, all.z, all.w};
 #elif WIDTH == 8
   const uint2* parts = reinterpret_cast<const uint2*>(from);
   const uint2 low = __ldg(parts), high = __ldg(parts + 1);
-  words = {low.x, low.y, high.x, high.y};
+  vector = {low.x, low.y, high.x, high.y};
 #elif WIDTH == 4
   const unsigned* parts = reinterpret_cast<const unsigned*>(from);
 #pragma unroll
-  for (int w = 0; w < 4; ++w) words.word[w] = __ldg(parts + w);
+  for (int w = 0; w < 4; ++w) vector.word[w] = __ldg(parts + w);
 #else
   const unsigned short* parts = reinterpret_cast<const unsigned short*>(from);
 #pragma unroll
-  for (int w = 0; w < 4; ++w) words.word[w] = __ldg(parts + 2 * w) | unsigned(__ldg(parts + 2 * w + 1)) << 16;
+  for (int w = 0; w < 4; ++w) vector.word[w] = __ldg(parts + 2 * w) | unsigned(__ldg(parts + 2 * w + 1)) << 16;
 #endif
-  return words;
+  return vector;
 }
 
-// Sixteen bytes that begin `shift` bytes into the first of two neighbouring words of sixteen.
-__device__ __forceinline__ Words shifted(const uint4& low, const uint4& high, int shift) {
+// The 16 bytes that begin `shift` bytes into two consecutive aligned vectors: a funnel shift.
+__device__ __forceinline__ Vector funnel_shift(const uint4& low, const uint4& high, int shift) {
   unsigned all[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   if (shift & 8) {
 #pragma unroll
@@ -148,24 +151,25 @@ __device__ __forceinline__ Words shifted(const uint4& low, const uint4& high, in
   return {all[0], all[1], all[2], all[3]};
 }
 
-// The GROUP values from coordinate c on; beyond the end they are zero.
-__device__ __forceinline__ Words load(const Stored* row, i64 c, i64 n, int shift) {
+// Load coordinates c … c + ITEMS − 1 of a row, zeros from n on.
+__device__ __forceinline__ Vector load(const Stored* row, i64 c, i64 n, int shift) {
 #if SHIFTED
-  if (c > 0 && c + 2 * GROUP <= n) {
+  if (c > 0 && c + 2 * ITEMS <= n) {
     const uint4* from = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row + c) - shift);
-    return shifted(__ldg(from), __ldg(from + 1), shift);
+    return funnel_shift(__ldg(from), __ldg(from + 1), shift);
   }
 #else
-  if (c + GROUP <= n) return load_wide(row + c);
+  if (c + ITEMS <= n) return load_aligned(row + c);
 #endif
-  Stored values[GROUP];
+  Stored values[ITEMS];
 #pragma unroll
-  for (int v = 0; v < GROUP; ++v) values[v] = c + v < n ? __ldg(row + c + v) : Stored(0);
-  return put_together(values);
+  for (int v = 0; v < ITEMS; ++v) values[v] = c + v < n ? __ldg(row + c + v) : Stored(0);
+  return pack(values);
 }
 
+// The sum over a warp, on every lane.
 __device__ __forceinline__ double warp_sum(double x) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(WARP, x, distance);
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(FULL_WARP, x, distance);
   return x;
 }

@@ -1,20 +1,20 @@
-// The numbers that a step leaves on the device for `info`, all float64: this header, then σ, the weights of Θ and
-// c, m each.
+// The record of a step, all float64: this header, then σ, the weights of Θ, and c, m values each; record.py names the
+// same fields.
 #pragma once
 
 enum Record {
-  STATUS,    // GO, or what is wrong with K
+  STATUS,    // GO, or why K is not used
   RANK,      // j
   LR,        // τ after the cap
   LR_REST,   // β
   CAPTURED,  // ‖U_jᵀz‖²/‖z‖²
-  SWEEPS,    // of the eigenproblem
-  RESULT,    // not zero if θ_new is not finite
-  REASON,    // what safeguards found
-  FALLBACK,  // the step length of averaged SGD in its place
-  HEADER
+  SWEEPS,    // Jacobi sweeps
+  RESULT,    // nonzero if θ_new is not finite
+  REASON,    // outcome of the safeguards
+  FALLBACK,  // step length of averaged SGD, should the step be refused
+  HEADER     // length of the header
 };
 
-enum Status { GO = 0, NOT_FINITE = 1, NOT_CONVERGED = 2 };
+enum Status { GO, NOT_FINITE, NOT_CONVERGED };
 
-constexpr unsigned long long BROKEN = 0x3ff0000000000000ull;  // 1.0 in bits
+constexpr unsigned long long ONE_BITS = 0x3ff0000000000000ull;  // 1.0: RESULT is set by an integer atomic

@@ -11,7 +11,8 @@ import tolerances
 from problems import DTYPES, workers
 
 import fastnewton as fn
-from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cuda import jit, memory
+from fastnewton.kernels.cuda.finite import finite_rows
 
 from . import device
 from .module import SimModule, poisoned, schedule
@@ -48,7 +49,7 @@ def reduction_in_every_order(bug=None, **sizes):
 @contextlib.contextmanager
 def simulated_device():
     """The simulated device as the module `cupy`; its workspaces are full of NaN whenever they are handed out."""
-    really, caches = cuda.workspace, (cuda.cupy, cuda._kernel, cuda._resident)
+    really, caches = memory.workspace, (jit.cupy, jit._load, jit._resident_blocks)
 
     def workspace(purpose, size):
         found = really(purpose, size)
@@ -59,7 +60,7 @@ def simulated_device():
         function.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", device)  # this name alone: what else is imported meanwhile is there to stay
-        patch.setattr(cuda, "workspace", workspace)
+        patch.setattr(memory, "workspace", workspace)
         try:
             yield
         finally:
@@ -114,4 +115,4 @@ def every_kernel(m, dtype):
         assert np.isfinite(gram.matrix.host).all()
         assert np.isfinite(fn.apply_inverse(there(thetas), unlike, there(grads[0])).host.astype(np.float64)).all()
         # Blocks for each worker: more would be too many threads for ThreadSanitizer.
-        assert cuda.finite_rows(fn.arrays.rows(there(grads[:16]), "grads")).host.all()
+        assert finite_rows(fn.arrays.rows(there(grads[:16]), "grads")).host.all()

@@ -189,14 +189,6 @@ def matmul(left, right):
     return left._of(left.host @ right.host)
 
 
-def _eigh(matrix):
-    """In place of cuSOLVER."""
-    return tuple(map(matrix._of, np.linalg.eigh(matrix.host)))
-
-
-linalg = types.SimpleNamespace(eigh=_eigh)
-
-
 # -- devices and streams ------------------------------------------------------------------------------------
 
 

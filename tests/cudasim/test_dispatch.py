@@ -10,7 +10,7 @@ import pytest
 from problems import DTYPES, workers
 
 import fastnewton as fn
-from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cuda import jit, memory
 from fastnewton.results import record_size
 
 from . import device
@@ -49,9 +49,9 @@ def launches(log):
 def lonely(rng, monkeypatch):
     """Arrays on a CUDA device, and nothing to reach it with."""
     monkeypatch.setitem(sys.modules, "cupy", None)
-    cuda.cupy.cache_clear()
+    jit.cupy.cache_clear()
     yield tuple(Exported(there(array)) for array in workers(rng, 3, N, np.float32))
-    cuda.cupy.cache_clear()
+    jit.cupy.cache_clear()
 
 
 def test_without_cupy_the_error_names_the_extra(lonely):
@@ -234,22 +234,22 @@ def test_info_is_read_when_looked_at_and_stays(problem, recorded):
 def test_threads_share_no_memory(problem):
     """A step is several launches, between which another thread's may come on the same stream."""
     fn.step(*problem, lr=0.5)
-    own = len(cuda._workspaces)
+    own = len(memory._workspaces)
     thread = threading.Thread(target=fn.step, args=problem, kwargs={"lr": 0.5})
     thread.start()
     thread.join()
-    assert len({array.data.ptr for array in cuda._workspaces.values()}) == 2 * own > 0
+    assert len({array.data.ptr for array in memory._workspaces.values()}) == 2 * own > 0
 
 
 def test_streams_share_no_memory_and_caches_are_cleared(problem):
     for stream in (5, 6):
         with device.Stream(stream):
             fn.step(*problem, lr=0.5)
-    assert {key[1] for key in cuda._workspaces} == {5, 6}
-    places = [array.data.ptr for array in cuda._workspaces.values()]
+    assert {key[1] for key in memory._workspaces} == {5, 6}
+    places = [array.data.ptr for array in memory._workspaces.values()]
     assert len(set(places)) == len(places)
     fn.clear_caches()
-    assert not cuda._workspaces
+    assert not memory._workspaces
 
 
 # -- what must not be mixed ---------------------------------------------------------------------------------

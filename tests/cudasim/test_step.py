@@ -7,7 +7,7 @@ import tolerances
 from problems import DTYPES, ill_conditioned, workers
 
 import fastnewton as fn
-from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cuda import spectrum as spectrum_kernel
 from fastnewton.kernels.record import NOT_CONVERGED, STATUS
 
 from . import device
@@ -286,17 +286,17 @@ def test_workers_that_are_not_finite(rng):
     assert np.isnan(found.coefficients.host).all()
 
 
-def test_what_does_not_converge_goes_to_the_solver(rng, monkeypatch):
+def test_what_does_not_converge_is_decided_by_the_host(rng, monkeypatch):
     thetas, grads = workers(rng, 8, 1001)
     usual, _ = assert_step(thetas, grads, lr=0.7)
-    really = cuda.spectrum
+    really = spectrum_kernel.spectrum
 
-    def unconverged(*arguments, record, **options):
-        really(*arguments, record=record, **options)
+    def unconverged(gram, lr, options, record, vectors=None):
+        really(gram, lr, options, record, vectors)
         record.host[:] = np.nan
         record.host[STATUS] = NOT_CONVERGED
 
-    monkeypatch.setattr(cuda, "spectrum", unconverged)
+    monkeypatch.setattr(spectrum_kernel, "spectrum", unconverged)
     found, _ = assert_step(thetas, grads, lr=0.7)
     np.testing.assert_allclose(found.host, usual.host, rtol=0, atol=1e-12)
     assert fn.spectrum(fn.gram(there(grads))).rank == reference.step(thetas, grads, lr=0.7).rank

@@ -16,7 +16,10 @@ from cudasim import device
 
 from fastnewton.arrays import Rows
 from fastnewton.dtypes import DTYPES
-from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cuda import combine, gram, jit, memory, spectrum
+from fastnewton.kernels.cuda.common import WORKER_LIMIT
+from fastnewton.kernels.cuda.finite import finite_rows
+from fastnewton.options import Options
 from fastnewton.results import Gram
 
 FILE = Path(__file__).with_suffix(".json")
@@ -61,46 +64,44 @@ class Kernel(NamedTuple):
 
 
 def launched(dtype, m, *, past=0, apart=0):
-    """The kernels that all functions of cuda.py launch for m workers, whose rows begin so many items past a multiple of
-    sixteen bytes, each so many items more than the one before."""
-    found = {}
+    """Collect the kernels that all launches compile for m workers, whose rows begin `past` items past a multiple of
+    sixteen bytes, each `apart` items more than the one before."""
+    kernels = {}
 
-    def compiled(file, name, shared=0, **macros):
-        kernel = Kernel(file, name, shared, tuple(macros.items()))
-        found[kernel.key] = kernel
+    def kernel(file, name, shared=0, **macros):
+        each = Kernel(file, name, shared, tuple(macros.items()))
+        kernels[each.key] = each
         return mock.Mock()
 
     size = DTYPES[dtype].itemsize
     rows = Rows(4096 * size * (1 + np.arange(m)) + (past + apart * np.arange(m)) * size, 1001, dtype, "cupy", None)
     one = rows._replace(table=rows.table[:1])
-    c, nothing = np.zeros(m), (None, None, None)
+    c, nowhere = np.zeros(m), gram.Products(None, None, None)
     compute = "float64" if dtype == "float64" else "float32"
     with (
-        mock.patch.object(cuda, "cupy", return_value=device),
-        mock.patch.object(cuda, "_compiled", compiled),
-        mock.patch.object(cuda, "_grid", return_value=1),
+        mock.patch.object(jit, "cupy", return_value=device),
+        mock.patch.object(jit, "kernel", kernel),
+        mock.patch.object(jit, "grid", return_value=1),
     ):
         try:
             for z in (None, one):
-                cuda.combine(rows, rows, c, z=z, out=one, compute=compute)
-            cuda.finite_rows(rows)
-            if m > cuda.LIMIT:
+                combine.combine(rows, rows, c, z=z, out=one, compute=compute)
+            finite_rows(rows)
+            if m > WORKER_LIMIT:
                 for z in (None, one):
-                    list(cuda._centred(rows, z, compute))
-                list(cuda._centred(rows, None, "float64"))
-                return list(found.values())
-            nowhere = {"matrix": None, "projection": None, "scalars": None}
+                    list(gram._centred_batches(rows, z, compute))
+                list(gram._centred_batches(rows, None, "float64"))
+                return list(kernels.values())
             for z in (None, one):
-                cuda.gram(rows, z, compute=compute, **nowhere)
-            cuda.gram(rows, None, compute="float64", **nowhere)
-            cuda.combine(rows, rows, c, out=one, compute="float64")
-            if m <= cuda.JOINT_LIMIT:
-                cuda.joint(rows, rows, of_thetas=nothing, cross=nothing, of_grads=nothing)
-            gram = Gram(np.empty((m, m)), np.empty(m), None, None)
-            cuda.spectrum(gram, cutoff=0.1, max_rank=None, lr=1.0, lr_rest=None, lr_cap=None, record=None)
+                gram.gram(rows, z, compute=compute, out=nowhere)
+            gram.gram(rows, None, compute="float64", out=nowhere)
+            combine.combine(rows, rows, c, out=one, compute="float64")
+            if m <= gram.JOINT_LIMIT:
+                gram.joint_gram(rows, rows, of_thetas=nowhere, cross=nowhere, of_grads=nowhere)
+            spectrum.spectrum(Gram(np.empty((m, m)), np.empty(m), None, None), 1.0, Options(), None)
         finally:
-            cuda.clear_caches()
-    return list(found.values())
+            memory.release()
+    return list(kernels.values())
 
 
 def compile_all(kernels, architectures):
@@ -108,8 +109,8 @@ def compile_all(kernels, architectures):
 
     def compiled(job):
         kernel, architecture = job
-        text = (cuda.FOLDER / kernel.file).read_text()
-        used = nvrtc.compile_source(text, kernel.file, cuda.options(**dict(kernel.macros)), architecture)
+        text = (jit.FOLDER / kernel.file).read_text()
+        used = nvrtc.compile_source(text, kernel.file, jit.options(**dict(kernel.macros)), architecture)
         return architecture, kernel.key, used.get(kernel.name)
 
     jobs = [(kernel, architecture) for architecture in architectures for kernel in kernels]

@@ -1,11 +1,15 @@
 """Every CUDA kernel through NVRTC: it compiles, spills nothing, and takes no more of a GPU than its budget."""
 
 import json
+import re
 
 import cuda_budget
 import nvrtc
 import pytest
 from cuda_budget import ARCHITECTURES, FILE
+
+from fastnewton.kernels import record
+from fastnewton.kernels.cuda import jit
 
 SLACK = 8  # registers: a compiler's next release counts otherwise
 PLAIN = [("float32", 2), ("float32", 8), ("float32", 12), ("float32", 17), ("float32", 64), ("float16", 8)]
@@ -54,3 +58,10 @@ def test_architectures_to_come():
 def test_errors_of_the_compiler_are_told():
     with pytest.raises(nvrtc.CompileError, match="expected"):
         nvrtc.compile_source("__global__ void broken( {", "broken.cu", (), "sm_90")
+
+
+@pytest.mark.parametrize("enum", ["Record", "Status"])
+def test_record_has_the_same_fields_in_python(enum):
+    text = re.sub(r"//.*", "", (jit.FOLDER / "record.cuh").read_text())
+    names = re.search(rf"enum {enum} {{(.*?)}}", text, re.S)[1].replace(",", " ").split()
+    assert [getattr(record, name) for name in names] == list(range(len(names)))

@@ -24,7 +24,7 @@ import fastnewton as fn
 import fastnewton.mpi
 from fastnewton import decision
 from fastnewton.kernels.cpu import threads
-from fastnewton.kernels.cuda import launch as cuda
+from fastnewton.kernels.cuda import memory
 from fastnewton.mpi import Segment, datatypes, gpu_aware
 from fastnewton.mpi.buffers import HostBuffers
 
@@ -891,12 +891,12 @@ def check_device_memory_goes_to_mpi_where_it_may(comm):
 
         n = 4097
         for dtype in (np.dtype(np.float32), DTYPES["bfloat16"]):
-            mine = [cuda.pinned((n,), dtype) for _ in range(2)]
+            mine = [memory.pinned((n,), dtype) for _ in range(2)]
             for words, rows in zip(mine, data(comm, n, dtype), strict=True):
                 words[:] = rows[comm.rank]
             found = {}
             for direct in (False, True):
-                given = [cuda.sent(words) for words in mine]  # still on their way when the step is called
+                given = [memory.upload(words) for words in mine]  # still on their way when the step is called
                 calls, start = [], len(device.log)
                 with (
                     mock.patch.object(gpu_aware, "verdict", lambda direct=direct: (direct, "")),
