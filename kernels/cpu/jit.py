@@ -23,11 +23,9 @@ FLOATS_2D, INTS_2D = types.Array(types.float64, 2, "C"), types.Array(types.int64
 
 _settings: Any = config  # its names are made at run time
 _target: Any = registry.cpu_target.target_context
-_CPU = (
-    _target.codegen().magic_tuple()
-)  # triple, name and features that Numba compiles for: less than the host has, perhaps
-CPU_FEATURES = frozenset(flag[1:] for flag in _CPU[2].split(",") if flag.startswith("+"))
-CACHE_FOLDER = cache_folder(f"numba{numba.__version__}", "".join(_CPU), _settings.CACHE_DIR)
+_triple, _cpu, _features = _target.codegen().magic_tuple()  # Numba may compile for less than the host has
+CPU_FEATURES = frozenset(flag[1:] for flag in _features.split(",") if flag.startswith("+"))
+CACHE_FOLDER = cache_folder(f"numba{numba.__version__}", _triple + _cpu + _features, _settings.CACHE_DIR)
 
 _in_process = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child forked while another thread compiles would find Numba's own lock taken
