@@ -120,7 +120,7 @@ def _verdict(shape: Shape, samples: dict[str, Sample], least: float) -> dict:
     """The ratios, and whether the target is reached: None where there was no peer to compare with."""
     ours = samples[STEP].median
     others = {name: sample.median for name, sample in samples.items() if name not in OURS}
-    best = min(others, key=others.get) if others else None
+    best = min(others, key=others.__getitem__) if others else None
     ratios = {"roofline": least / ours}
     if best:
         ratios["best peer"] = others[best] / ours

@@ -3,7 +3,7 @@
 Work is counted in full-batch gradients per worker: a stochastic gradient from a batch counts as its share.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class History:
         }
 
 
-def rate(evaluations: list[float], norms: list[float]) -> float:
+def rate(evaluations: Sequence[float], norms: Sequence[float]) -> float:
     """The factor by which ‖∇J‖ changes per evaluation, fitted to the second half of a run."""
     half = len(norms) // 2
     return float(np.exp(np.polyfit(evaluations[half:], np.log(norms[half:]), 1)[0]))
@@ -96,13 +96,14 @@ def asynchronous(
     """Asynchronous SGD through the parameter server: in random order, each worker Writes from where it last Read."""
     history = History(problem)
     server = ParameterServer(history.w, workers, "async", lr=step, max_rank=0)
-    held = [history.w] * workers
+    latest = history.w
+    held = [latest] * workers
     for k in range(1, evaluations + 1):
         for _ in range(_batches(problem)):
             for worker in rng.permutation(workers).tolist():
                 server.write(worker, held[worker], problem.gradient(held[worker], _drawn(problem, rng)))
-                held[worker], _ = server.read()
-        if not history.add(held[worker], k):
+                held[worker] = latest = server.read()[0]
+        if not history.add(latest, k):
             break
     return history
 

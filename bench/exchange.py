@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 
 from bench import train
-from bench.chunks import CHUNKS
 from bench.report import Table
 
 RANKS = (2, 4, 8)
@@ -31,7 +30,7 @@ def table(rows: list[dict]) -> Table:
     columns = ("ranks", "n", "all-reduce ms", "sharded ms", "ratio", "allgather ms", "ratio", "sent, ring", "sharded")
     return Table(
         "The exchanges",
-        (*columns, "memory, sharded", "allgather", CUT),
+        (*columns, "memory, sharded", "allgather"),
         [_cells(row) for row in rows],
         " ".join((NOTE, *_findings(rows))),
     )
@@ -67,11 +66,9 @@ def at_target(rows: list[dict]) -> dict | None:
     return next((row for row in rows if (row["ranks"], row["n"]) == (4, 1 << 22)), None)
 
 
-CUT = f"{CHUNKS} chunks"
 NOTE = (
     "Medians; float32. Sent: bytes per rank, beside those of a ring all-reduce. Memory: the largest growth of a rank "
-    "over its arrays, in arrays of n, without out=; for short arrays mostly what MPI itself takes. Chunks: the time "
-    "of a sharded exchange and its Gram, each chunk summed while the next is on its way, over that of the whole."
+    "over its arrays, in arrays of n, without out=; for short arrays mostly what MPI itself takes."
 )
 
 
@@ -94,5 +91,4 @@ def _cells(row: dict) -> tuple[str, ...]:
         f"{ring:.3g}",
         f"{row['sent']['sharded'] / ring:.3f} ×",
         *("" if found is None else f"{found:.1f}" for found in memory),
-        f"{seconds[CUT] / seconds['1 chunks']:.2f}" if CUT in seconds else "",
     )

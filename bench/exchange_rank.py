@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
-from bench import chunks, memory
-from fastnewton.kernels.cpu.tree import BLOCK
+from bench import memory
 from fastnewton.mpi import DistNewton
 
 EXCHANGES = ("sharded", "allgather")
@@ -25,8 +24,6 @@ def measure(comm: MPI.Intracomm, n: int, rounds: int, most_bytes: int) -> dict:
     steps = {kind: DistNewton(comm, lr=0.1, exchange=kind) for kind in chosen}
     tasks: dict[str, Callable] = {"allreduce": lambda: comm.Allreduce(grad, out)}
     tasks |= {kind: lambda newton=newton: newton.step(theta, grad, out=out) for kind, newton in steps.items()}
-    if n % (comm.size * BLOCK * chunks.CHUNKS) == 0:
-        tasks |= {f"{count} chunks": chunks.exchange(comm, grad, theta, count) for count in (1, chunks.CHUNKS)}
     times = {name: [] for name in tasks}
     for number in range(rounds + 2):  # two rounds to warm up
         for name, task in tasks.items():

@@ -74,6 +74,10 @@ class Scale:
     seeds: int
     fewer_seeds: int
 
+    def size(self, data: str) -> tuple[int, int]:
+        """Return the images and epochs of a data set."""
+        return {"mnist": self.mnist, "cifar10": self.cifar10}[data]
+
 
 SCALES = {
     "quick": Scale((1024, 4), (1024, 4), 1, 1),
@@ -86,8 +90,9 @@ def tuning(scale: Scale) -> list[Run]:
     """Each method with each step length; DistNewton with the most workers."""
     found = []
     for data, activation, most in PROBLEMS:
+        samples, epochs = scale.size(data)
         for lr in GRID:
-            sgd = Run(data, activation, *getattr(scale, data), "sgd", 1, lr, seed=TUNING_SEED)
+            sgd = Run(data, activation, samples, epochs, "sgd", 1, lr, seed=TUNING_SEED)
             newton = [replace(sgd, protocol=protocol, workers=most) for protocol in APART]
             found += [sgd, replace(sgd, momentum=MOMENTUM), *newton]
     return found
@@ -110,8 +115,9 @@ def plan(scale: Scale, tuned: dict[str, float]) -> list[Run]:
     """
     found = []
     for data, activation, most in PROBLEMS:
+        samples, epochs = scale.size(data)
         best = {method: tuned[f"{data} {activation} {method}"] for method in ("sgd", "momentum", *APART)}
-        sgd = Run(data, activation, *getattr(scale, data), "sgd", 1, best["sgd"])
+        sgd = Run(data, activation, samples, epochs, "sgd", 1, best["sgd"])
         found += [*(replace(sgd, lr=lr) for lr in (best["sgd"], *PAPER_LRS))]
         found.append(replace(sgd, lr=best["momentum"], momentum=MOMENTUM))
         for protocol, m in itertools.product(APART, WORKERS if activation == "tanh" else (1, most)):

@@ -148,7 +148,7 @@ def main(settings: dict) -> None:
     runs = [Run(**fields) for fields in settings["runs"]]
     world, workers, folder = MPI.COMM_WORLD, runs[0].workers, Path(settings["folder"])
     group, groups = world.rank // workers, world.size // workers
-    comm, load = world.Split(group), cache(images)
+    comm, load = MPI.Intracomm(world.Split(group)), cache(images)
     for run in runs[group::groups]:
         started = time.perf_counter()
         net = ConvNet(run.data, run.activation, *load(run.data, settings["data"], run.samples), run.seed)

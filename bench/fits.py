@@ -104,7 +104,7 @@ def described(model: Model, other: Model, points: np.ndarray) -> dict:
     }
     if model.larger:
         with np.errstate(divide="ignore", invalid="ignore"):
-            found["crossover"] = _interval(*(each[..., 1] / each[..., 2] for each in (factors, draws)))
+            found["crossover"] = _interval(factors[1] / factors[2], draws[:, 1] / draws[:, 2])
     return found
 
 

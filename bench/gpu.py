@@ -133,8 +133,8 @@ def workers(case: Case) -> tuple[Any, Any]:
     if case.dtype == "bfloat16":
         import torch
 
-        return tuple(torch.from_dlpack(given).to(torch.bfloat16) for given in (thetas, grads))
-    return tuple(given.astype(case.dtype, copy=False) for given in (thetas, grads))
+        return torch.from_dlpack(thetas).to(torch.bfloat16), torch.from_dlpack(grads).to(torch.bfloat16)
+    return thetas.astype(case.dtype, copy=False), grads.astype(case.dtype, copy=False)
 
 
 def stepped(thetas: Any, grads: Any) -> Callable[[], Any]:

@@ -24,7 +24,8 @@ def peak_growth(task: Callable[[], object]) -> int | None:
     RESET.write_text("5")
     before = resident()
     task()
-    return max(0, resident("VmHWM") - before)
+    most = resident("VmHWM")
+    return None if before is None or most is None else max(0, most - before)
 
 
 def growth_over_steps(first: int, last: int, m: int = 8, n: int = 650) -> int | None:

@@ -86,8 +86,8 @@ def fitted(rows: list[dict], cores: int, flops: float, cubic: float) -> Network:
     cases = [(kind, row["ranks"], row["n"], row["seconds"][kind]) for row in rows for kind in _timed(row)]
     design = np.array([[seconds(one, kind, m, n) / taken for one in ones] for kind, m, n, taken in cases])
     overhead, latency, per_byte, per_byte_of_memory = nnls(design, np.ones(len(cases)))[0]
-    rates = [1 / slowness if slowness else math.inf for slowness in (per_byte, per_byte_of_memory)]
-    return Network(overhead, latency, *rates, flops, cubic, cores)
+    bandwidth, memory = (1 / slowness if slowness else math.inf for slowness in (per_byte, per_byte_of_memory))
+    return Network(overhead, latency, bandwidth, memory, flops, cubic, cores)
 
 
 def measured(rows: list[dict]) -> Network:

@@ -8,6 +8,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
 
 from bench import network, roofline
@@ -51,7 +54,7 @@ def step_time(rows: list[dict], machine: dict, folder: Path) -> str:
     n = np.array([row["n"] for row in rows])
     bandwidth = float(np.median([row["bandwidth"] for row in rows]))
     floor = np.array([row["bytes"] for row in rows]) / bandwidth
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 5))
         for name in [name for name in COLOURS if name in rows[-1]["others"]]:
             points = [(row["n"], row["others"][name]["median"]) for row in rows if name in row["others"]]
@@ -74,7 +77,7 @@ def step_time(rows: list[dict], machine: dict, folder: Path) -> str:
 
 def training(found: dict, folder: Path) -> str:
     """‖∇J‖ against gradients per worker, for each method."""
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 5))
         for method in found["methods"]:
             name, norms = method["name"], method["gradient_norms"]
@@ -94,7 +97,7 @@ def training(found: dict, folder: Path) -> str:
 def quadratic(found: dict, folder: Path) -> str:
     """‖∇J‖ against steps, and each norm against the one before it."""
     norms = np.array(found["gradient_norms"])
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
         left.plot(norms, "o-", color=COLOURS["DistNewton"], lw=1.8)
         left.axhline(SMALLEST, color="black", ls="--", lw=1)
@@ -117,7 +120,7 @@ def exchanges(rows: list[dict], here: network.Network, folder: Path) -> str:
     names = {"allreduce": "all-reduce of the gradient", "sharded": "sharded", "allgather": "allgather"}
     far, ranks = "100 Gb/s InfiniBand", 4
     rows = [row for row in rows if row["ranks"] == ranks]
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6))
         for kind, colour in colours.items():
             points = [(row["n"], row["seconds"][kind]) for row in rows if kind in row["seconds"]]
@@ -144,7 +147,7 @@ def figure1(found: dict, folder: Path) -> str:
     """Negative log-likelihood against gradients per worker: at the paper's step length and at each method's best."""
     columns = [("own", PAPER_LRS[0]), ("own", TUNED), ("diff", TUNED)]
     shades = plt.get_cmap("Reds")(np.linspace(0.35, 0.95, len(WORKERS)))
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         figure, grid = plt.subplots(2, 3, figsize=(13, 8))
         for (row, data), (column, (protocol, rate)) in itertools.product(enumerate(NAMES), enumerate(columns)):
             axes, at = grid[row, column], View(found, data, protocol, rate)
@@ -183,7 +186,7 @@ def scaling(found: dict, folder: Path) -> str:
     }
     ms = sorted({m for m, _ in rows})
     at = max(n for _, n in rows if all((m, n) in rows for m in ms))  # the longest that all m share
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         figure, (over_n, over_m, shares) = plt.subplots(3, 1, figsize=(8, 13))
         for m, colour in zip(ms, plt.colormaps["viridis"](np.linspace(0, 0.9, len(ms))), strict=True):
             lengths = sorted(n for other, n in rows if other == m)
@@ -232,7 +235,7 @@ def regimes(found: dict, folder: Path) -> str:
         ("Classification, exact", [row for row in others if row["level"] == "exact"], "family", None),
         ("Classification, noisy", [row for row in others if row["level"] != "exact"], "family", None),
     ]
-    with plt.rc_context({**STYLE, "axes.grid": False}):
+    with plt.style.context({**STYLE, "axes.grid": False}):
         figure, grid = plt.subplots(2, 4, figsize=(15, 7.5))
         for (up, target), (across, (title, some, key, values)) in itertools.product(
             enumerate(design.TARGETS), enumerate(maps)
@@ -244,7 +247,7 @@ def regimes(found: dict, folder: Path) -> str:
                 if gains:
                     best, won = max(gains), np.mean(np.array(gains) > MARGIN)
                     shade = plt.get_cmap("RdBu")(0.5 + np.clip(best, -2, 2) / 4)
-                    axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=shade, lw=0))
+                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=shade, lw=0))
                     dark = abs(best) > 1.2
                     axes.text(
                         x,
@@ -279,7 +282,7 @@ def regimes(found: dict, folder: Path) -> str:
 def gpu(rows: list[dict], folder: Path) -> str:
     """Share of the copy bandwidth against n, for each m, in float32."""
     rows = [row for row in rows if row["dtype"] == "float32"]
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 5))
         for m in sorted({row["m"] for row in rows}):
             shares = {row["n"]: row["of_copy"] for row in rows if row["m"] == m}
@@ -292,15 +295,15 @@ def gpu(rows: list[dict], folder: Path) -> str:
         return _save(figure, folder, "gpu.png")
 
 
-def _subtitle(axes: plt.Axes, text: str) -> None:
+def _subtitle(axes: Axes, text: str) -> None:
     axes.text(0, 1.015, text, transform=axes.transAxes, color="#666666", fontsize=9)
 
 
-def _in_seconds(axes: plt.Axes) -> None:
+def _in_seconds(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(EngFormatter("s"))
 
 
-def _save(figure: plt.Figure, folder: Path, name: str) -> str:
+def _save(figure: Figure, folder: Path, name: str) -> str:
     figure.savefig(folder / name)
     plt.close(figure)
     return name

@@ -51,8 +51,8 @@ def default_folder() -> str:
 def _bundled() -> Digits:
     from sklearn.datasets import load_digits
 
-    bundled = load_digits()
-    return Digits("scikit-learn digits", bundled.data / 16, bundled.target)
+    images, labels = load_digits(return_X_y=True)
+    return Digits("scikit-learn digits", images / 16, labels)
 
 
 def _mnist(folder: Path) -> Digits:

@@ -25,7 +25,7 @@ SHARES = 1.9 * 2.0 ** np.arange(2, -8, -1)  # step lengths that are tried, over 
 MOMENTA = (0.0, 0.5, 0.8, 0.9, 0.97)
 LRS, RESTS = (1.0, 0.3), (0.25, 0.5, 1.0, 2.0, 4.0)  # of DistNewton: τ, and β over the best step of gradient descent
 LEVELS = ("exact", "large batch", "batch", "mini-batch")  # noise of the gradients
-NOISES, BATCHES = (0.0, 0.01, 0.1, 1.0), (None, 1024, 128, 16)  # ‖noise‖/‖∇J(start)‖ on quadratics, else samples
+NOISES, BATCHES = (0.0, 0.01, 0.1, 1.0), (0, 1024, 128, 16)  # ‖noise‖/‖∇J(start)‖ on quadratics, else samples
 CONDITIONS = (10, 100, 1000, 10_000)
 FEW, MANY = (2, 4, 8, 16), (2, 4, 8, 16, 32, 64)
 FAMILIES = {  # numbers of workers, share of the settings
@@ -180,7 +180,7 @@ def lbfgs(at: Problem, counts: Collection[int]) -> dict[int, float]:
 
     def both(w: np.ndarray) -> tuple[float, np.ndarray]:
         seen.append(float(at.excess(w)))
-        return at.objective.value(w), at.objective.gradient(w)
+        return float(at.objective.value(w)), at.objective.gradient(w)
 
     minimize(both, at.start, jac=True, method="L-BFGS-B", options=EXACTLY | {"maxfun": max(counts)})
     return {count: min(seen[:count]) for count in counts}

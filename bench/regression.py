@@ -12,12 +12,13 @@ same for all machines, and counts at once.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -74,10 +75,10 @@ def _read(words, passes):
 def time_passes(
     benchmark: Any,
     task: Callable,
-    passes: Iterable[Pass],
+    passes: Sequence[Pass],
     seconds: float,
     invariants: Mapping,
-    read: Callable | None = None,
+    read: CoreReadCeiling | ceilings.ReadCeiling | None = None,
 ) -> None:
     """Time a task of these passes in turn with both ceilings of a core, or another of reading, for so many seconds."""
     work = Pass(sum(part.bytes for part in passes), sum(part.flops for part in passes))
@@ -100,7 +101,7 @@ NOTHING = Pass(0, 0)
 
 
 def record(
-    benchmark: Any, seconds: Iterable[float], roofline: float, invariants: Mapping, work: Pass = NOTHING, **rates: float
+    benchmark: Any, seconds: Sequence[float], roofline: float, invariants: Mapping, work: Pass = NOTHING, **rates: float
 ) -> None:
     """Hand samples to pytest-benchmark, and what they are compared with; without rates, another task's time."""
     benchmark.pedantic(lambda: None, rounds=len(seconds))
@@ -159,7 +160,9 @@ class Verdict(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        return bool(self.broken) or (self.limit is not None and self.ratio > self.limit)
+        if self.ratio is None or self.limit is None:
+            return bool(self.broken)
+        return bool(self.broken) or self.ratio > self.limit
 
 
 def run(names: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, dict]:
@@ -178,11 +181,12 @@ def run(names: Iterable[str] = (), without: Iterable[str] = ()) -> dict[str, dic
 
 def guard(baseline: Mapping, expected: Mapping, names: Iterable[str] = ()) -> list[Verdict]:
     """Judge each benchmark; rerun those that are too slow, ATTEMPTS times in all."""
-    verdicts, left = {}, names
+    verdicts, least, left = {}, {}, names
     for _ in range(ATTEMPTS):
-        for one in judge(run(left), baseline, expected):
-            best = min(one.ratio, verdicts.get(one.name, one).ratio)
-            verdicts[one.name] = one._replace(ratio=best)
+        found = run(left)
+        for name, info in found.items():
+            info["ratio"] = least[name] = min(info["ratio"], least.get(name, math.inf))
+        verdicts |= {one.name: one for one in judge(found, baseline, expected)}
         left = [one.name for one in verdicts.values() if one.failed and not one.broken]
         if not left:
             break
@@ -202,7 +206,7 @@ def judge(found: Mapping[str, dict], baseline: Mapping, expected: Mapping) -> li
     return verdicts
 
 
-def baseline_of(runs: list[Mapping[str, dict]]) -> dict[str, dict]:
+def baseline_of(runs: Sequence[Mapping[str, dict]]) -> dict[str, dict]:
     """Ratio and margin of each benchmark, from several runs."""
     ratios = {name: sorted(one[name]["ratio"] for one in runs) for name in runs[0]}
     return {

@@ -311,7 +311,7 @@ def test_a_job_that_takes_too_long_is_ended():
         train.run_ranks("bench.train_rank", 2, settings, after=lambda: None, limit=2)
 
 
-LONG = 20 * 3 * 4 * 1024  # divides into blocks, ranks and chunks
+LONG = 20 * 3 * 4 * 1024  # divides into blocks and ranks
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_exchanges_are_measured_beside_the_all_reduce(exchanged):
     short, long = exchanged
     assert (short["ranks"], short["n"], long["n"]) == (3, 5000, LONG)
     assert set(short["seconds"]) == {"allreduce", "sharded", "allgather"}
-    assert set(long["seconds"]) == {"allreduce", "sharded", "1 chunks", "4 chunks"}  # the other would not fit
+    assert set(long["seconds"]) == {"allreduce", "sharded"}  # the other would not fit
     ring = 2 * 4 * long["n"] * 2 / 3
     # Vectors 1.5 times; shards differ by a block of 1,024; the parts of K and c are O(m² log n).
     assert ring * 1.5 <= long["sent"]["sharded"] <= ring * 1.5 + 3 * 4 * 1024 + 8 * 200
