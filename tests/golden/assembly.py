@@ -23,6 +23,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+VERSION = 1  # of what is kept, not of `cpu_kernels` and `cuda_kernels`: run.sh keeps the base's results for each
 TREE = Path(os.environ.get("GOLDEN_TREE") or Path(__file__).parents[2]).resolve()
 ARCHITECTURE = "compute_90"
 COMPUTE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -80,7 +81,7 @@ def cuda_kernels(quick):
     """{key: (source, options)} of each kernel that the budget of GPUs covers."""
     sys.path[:0] = [str(path) for path in (TREE / "tests", TREE / "tests" / "kernels") if path.is_dir()]
     budget = importlib.import_module("cuda_budget")
-    cuda = budget.cuda
+    cuda = next(each for each in vars(budget).values() if hasattr(each, "FOLDER"))  # the module that launches kernels
     kernels = budget.launched("float32", 8) + budget.launched("float64", 17) if quick else budget.every_kernel()
     for kernel in kernels:
         macros = dict(kernel.macros)
