@@ -22,6 +22,7 @@ from fastnewton import arrays, checks, decision
 from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import step as step_kernel
 from fastnewton.kernels.cpu import threads
+from fastnewton.kernels.cpu.spectrum import pack_settings
 from fastnewton.options import Options
 from fastnewton.results import record_size
 
@@ -104,7 +105,7 @@ def _parts(rounds: int, thetas, grads, out) -> dict[str, float]:
     views = arrays.view_plain(thetas, grads, out, M)
     assert views is not None, "the arrays of a short step"
     dtype, first, second, target, _ = views
-    arguments = first, second, target, np.empty(record_size(M)), decision.pack_settings(M, 1.0, options)
+    arguments = first, second, target, np.empty(record_size(M)), pack_settings(M, 1.0, options)
     named = {"eps": DTYPES[dtype].eps, "guarded": True, "dtype": dtype, "compute": dtype}
     tasks: dict[str, Callable[[], object]] = {
         "the whole step": lambda: fn.step(thetas, grads, lr=1.0, out=out),

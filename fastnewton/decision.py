@@ -1,6 +1,6 @@
 """From the small matrices to j, c, τ and β on the CPU: everything of size m × m, in float64."""
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import spectrum as kernel
 from fastnewton.kernels.record import CAPTURED, HEADER, RANK
 from fastnewton.options import Options
-from fastnewton.results import Gram, Spectrum, StepInfo, record_size
+from fastnewton.results import Diagnostics, Gram, Spectrum, StepInfo, record_size
 
 
 def project(raw: Any, dtype: str) -> Gram:
@@ -29,14 +29,13 @@ def project(raw: Any, dtype: str) -> Gram:
 
 def decide(gram: Gram, lr: float, options: Options) -> StepInfo:
     """Decide a step: the coefficients and step lengths that follow from the small matrices alone."""
-    record = np.empty(record_size(gram.projection.size))
-    _decide(gram, pack_settings(gram.projection.size, lr, options), record)
-    if options.safeguards is None:
-        return StepInfo(record)
-    return StepInfo(record, diagnose=partial(_diagnose, gram, options))
+    m = gram.projection.size
+    record = np.empty(record_size(m))
+    kernel.decide(gram, kernel.pack_settings(m, lr, options), record)
+    return StepInfo(record, diagnose=None if options.safeguards is None else partial(_diagnose, gram, options))
 
 
-def _diagnose(gram: Gram, options: Options) -> Any:
+def _diagnose(gram: Gram, options: Options) -> Diagnostics:
     return diagnose(gram, spectrum(gram, options.cutoff, options.max_rank))
 
 
@@ -44,18 +43,6 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     """Solve the eigenproblem of K for the rank j and the coefficients c; see `fastnewton.spectrum`."""
     m = gram.projection.size
     record = np.empty(record_size(m))
-    vectors = _decide(gram, pack_settings(m, 0.0, Options(cutoff, max_rank)), record)
+    vectors = kernel.decide(gram, kernel.pack_settings(m, 0.0, Options(cutoff, max_rank)), record)
     sigma, _, c = record[HEADER:].reshape(3, -1)
     return Spectrum(sigma, vectors, int(record[RANK]), c, float(record[CAPTURED]))
-
-
-def _decide(gram: Gram, settings: np.ndarray, record: np.ndarray) -> np.ndarray:
-    of_thetas = gram.theta_matrix, gram.theta_floor, gram.cross_matrix, gram.cross_projection
-    return kernel.decide(gram.matrix, gram.projection, gram.norm2, gram.floor, settings, record, *of_thetas)
-
-
-@lru_cache(maxsize=64)  # the same settings come step after step
-def pack_settings(m: int, lr: float, options: Options) -> np.ndarray:
-    """Return the settings of a decision as the kernel takes them; nobody writes to them."""
-    caps = options.lr_rest, options.lr_cap, options.safeguards
-    return kernel.pack_settings(m, lr, options.cutoff, options.max_rank, *caps)

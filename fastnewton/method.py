@@ -322,27 +322,21 @@ class Source(Protocol):
 
     def fused(self, products: str, sums: str) -> StepInfo | None:
         """Take the step in one call of compiled code; None where there is none for it."""
-        ...
 
     def gram(self, products: str) -> Gram | None:
         """Form K and b, and what else the options ask for, with products in that type; None where others decide."""
-        ...
 
     def decide(self, gram: Gram | None) -> StepInfo:
         """Decide j, c, τ and β."""
-        ...
 
     def combine(self, info: StepInfo, sums: str) -> None:
         """Write θ_new, and in the record whether it is finite; nothing if K is not finite, unless NaN propagates."""
-        ...
 
     def nonfinite_workers(self) -> list[int]:
         """Return the workers whose parameters or gradients are not finite."""
-        ...
 
     def without(self, workers: list[int]) -> "Source":
         """Return the same without these workers."""
-        ...
 
 
 def take_step(source: Source, options: Options) -> StepInfo:

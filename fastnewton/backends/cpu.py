@@ -13,7 +13,7 @@ from fastnewton.kernels.cpu import combine as combine_kernel
 from fastnewton.kernels.cpu import gram as gram_kernel
 from fastnewton.kernels.cpu import step as step_kernel
 from fastnewton.kernels.cpu import tree
-from fastnewton.kernels.cpu.spectrum import SHORT_LIMIT
+from fastnewton.kernels.cpu.spectrum import SHORT_LIMIT, pack_settings
 from fastnewton.kernels.record import RESULT
 from fastnewton.options import Options
 from fastnewton.results import Gram, StepInfo, record_size, weights_of
@@ -63,7 +63,7 @@ def fused(
     """Take a step of few workers in one call of compiled code; None for any other."""
     if options.reads_thetas or grads.m > SHORT_LIMIT:
         return None
-    record, settings = np.empty(record_size(grads.m)), decision.pack_settings(grads.m, lr, options)
+    record, settings = np.empty(record_size(grads.m)), pack_settings(grads.m, lr, options)
     call = {"eps": DTYPES[grads.dtype].eps, "guarded": not options.propagates, "products": products, "sums": sums}
     step_kernel.step(thetas, grads, out, record, settings, **call)
     return StepInfo(record)
@@ -78,7 +78,7 @@ def short_step(thetas: Any, grads: Any, lr: float, options: Options, out: Any) -
     dtype, first, second, target, result = plain
     m, n = second.shape
     compute, record = options.compute(dtype), np.empty(record_size(m))
-    settings, guarded = decision.pack_settings(m, lr, options), not options.propagates
+    settings, guarded = pack_settings(m, lr, options), not options.propagates
     taken = step_kernel.step_of_arrays(
         first, second, target, record, settings, eps=DTYPES[dtype].eps, guarded=guarded, dtype=dtype, compute=compute
     )

@@ -9,7 +9,7 @@ Launch       one thread.
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,49 +34,32 @@ SHORT_LIMIT = 32  # up to here the eigenproblem is done before the thread pool s
 _NO_MATRIX, _NO_VECTOR = np.empty((0, 0)), np.empty(0)
 
 
-def pack_settings(
-    m: int, lr: float, cutoff: float, max_rank: int | None, lr_rest: float | None, lr_cap: str | None, guards: Any
-) -> np.ndarray:
-    """Pack the settings of a decision, (SETTINGS,) float64; guards are a `fastnewton.Safeguards` or None."""
-    packed = np.full(slot.SETTINGS, np.nan)
-    packed[slot.CUTOFF], packed[slot.MAX_RANK], packed[slot.GIVEN_LR] = (
-        cutoff,
-        m if max_rank is None else min(m, max_rank),
-        lr,
-    )
-    packed[slot.GIVEN_LR_REST], packed[slot.CAP] = math.nan if lr_rest is None else lr_rest, slot.LR_CAPS.index(lr_cap)
-    packed[slot.GUARDED] = guards is not None
+@lru_cache(maxsize=64)  # the same settings come step after step
+def pack_settings(m: int, lr: float, options: Any) -> np.ndarray:
+    """Pack the settings of a decision, (SETTINGS,) float64, of `fastnewton.options.Options`; nobody writes to them."""
+    guards, rank = options.safeguards, m if options.max_rank is None else min(m, options.max_rank)
+    settings = [options.cutoff, rank, lr, options.lr_rest, slot.LR_CAPS.index(options.lr_cap), guards is not None]
     if guards is not None:
-        packed[slot.BEND] = slot.CURVATURES.index(guards.curvature)
-        limits = guards.min_cosine, guards.max_coefficient, guards.max_newton_norm, guards.fallback_lr
-        packed[slot.MIN_COSINE : slot.FALLBACK_LR + 1] = [math.nan if limit is None else limit for limit in limits]
-    return packed
+        settings += [slot.CURVATURES.index(guards.curvature), guards.min_cosine, guards.max_coefficient]
+        settings += [guards.max_newton_norm, guards.fallback_lr]
+    settings += [None] * (slot.SETTINGS - len(settings))
+    return np.array([np.nan if one is None else one for one in settings], np.float64)
 
 
-def decide(
-    matrix: np.ndarray,
-    projection: np.ndarray,
-    norm2: float,
-    floor: float,
-    settings: np.ndarray,
-    record: np.ndarray,
-    thetas: np.ndarray | None = None,
-    theta_floor: float = 0.0,
-    cross: np.ndarray | None = None,
-    along: np.ndarray | None = None,
-) -> np.ndarray:
-    """Write the record of a step and return V, from K, b, zᵀz, 2·eps·‖ḡ‖ and, where given, ΘᵀΘ, 2·eps·‖θ̄‖, ΘᵀG, Θᵀḡ.
+def decide(gram: Any, settings: np.ndarray, record: np.ndarray) -> np.ndarray:
+    """Write the record of a step and return V, from a `fastnewton.Gram` of C-contiguous NumPy arrays.
 
     Raises
     ------
     RuntimeError
         The eigenproblem did not converge.
     """
-    vectors = np.empty(matrix.shape)
-    thetas, cross = (_NO_MATRIX if one is None else one for one in (thetas, cross))
-    along = _NO_VECTOR if along is None else along
-    codes = decision_code(), eigensolver(projection.size), guard_code(settings)
-    _run(*codes, matrix, projection, norm2, floor, thetas, theta_floor, cross, along, settings, record, vectors)
+    vectors = np.empty(gram.matrix.shape)
+    thetas, cross = (_NO_MATRIX if one is None else one for one in (gram.theta_matrix, gram.cross_matrix))
+    along = _NO_VECTOR if gram.cross_projection is None else gram.cross_projection
+    codes = decision_code(), eigensolver(gram.projection.size), guard_code(settings)
+    of_grads, of_thetas = (gram.matrix, gram.projection, gram.norm2, gram.floor), (thetas, gram.theta_floor)
+    _run(*codes, *of_grads, *of_thetas, cross, along, settings, record, vectors)
     if record[slot.STATUS] == slot.NOT_CONVERGED:
         raise RuntimeError("the eigenproblem of K did not converge")
     return vectors

@@ -485,9 +485,8 @@ def main():
     chosen = parser.parse_args()
     if chosen.part:
         global fn, ParameterServer
-        import fastnewton.kernels as kernels
-
         import fastnewton as fn
+        import fastnewton.kernels as kernels
         from fastnewton.server import ParameterServer
 
         for module in (fn, kernels):
