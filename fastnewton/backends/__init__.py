@@ -4,7 +4,6 @@ from types import ModuleType
 
 from fastnewton.arrays import Rows
 from fastnewton.backends import cpu, cuda
-from fastnewton.kernels.cpu import workspace
 from fastnewton.kernels.cuda import memory
 
 
@@ -14,7 +13,6 @@ def backend(like: Rows) -> ModuleType:
 
 
 def clear_caches() -> None:
-    """Release the memory that is kept between calls, on devices too, where captured graphs write to it: none may be
-    replayed afterwards."""
-    workspace.release()
+    """Release the memory kept between calls on CUDA devices; captured graphs write to it, and may not be replayed
+    afterwards."""
     memory.release()

@@ -154,14 +154,14 @@ def _block(v, rows: Constant, base: Constant, streamed: Constant, m, table, weig
     tables, factors = (table, table + m * 8), (weights, weights + m * 8)
     theta_0, grad_0 = (v.rows(side, 0, 1, offset)[0] for side in tables)
     work, target, minus_beta = v.scratch(scratch), v.row(out), v.broadcast(factors[1] + m * 8)
-    (z,) = v.rows(tables[1] + m * 8, 0, 1, offset) if base == "z" else (None,)
+    z = v.rows(tables[1] + m * 8, 0, base == "z", offset)  # one row, or none
 
     def start(c, theta, grad):
         """The combination before any row but the first is added."""
         if base == "mean":
             return theta + minus_beta * grad
         # With one worker there is no difference that would carry a NaN of it.
-        return z[c] if rows else z[c] + (theta - theta) + (grad - grad)
+        return z[0][c] if rows else z[0][c] + (theta - theta) + (grad - grad)
 
     def finish(c, value):
         stored = target.store(c, value, nontemporal=bool(streamed))

@@ -13,7 +13,7 @@ import math
 from functools import cache
 
 import numpy as np
-from numba import carray
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from fastnewton.kernels.cpu.jit import INT, address, call, code_address, jit
 from fastnewton.kernels.cpu.memory import integers, keep_alive, pointer_at, stack_memory

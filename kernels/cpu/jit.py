@@ -12,7 +12,7 @@ import numba
 from llvmlite import ir
 from numba import types
 from numba.core import caching, config, event, registry
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
 
 from fastnewton.kernels.cpu.cache import cache_folder, one_process_at_a_time
 
@@ -22,6 +22,8 @@ INTS = types.Array(types.int64, 1, "C")
 FLOATS_2D, INTS_2D = types.Array(types.float64, 2, "C"), types.Array(types.int64, 2, "C")
 
 _settings: Any = config  # its names are made at run time
+_njit: Any = numba.njit
+intrinsic: Any = numba_intrinsic  # what it makes is called without the typing context
 _target: Any = registry.cpu_target.target_context
 _triple, _cpu, _features = _target.codegen().magic_tuple()  # Numba may compile for less than the host has
 CPU_FEATURES = frozenset(flag[1:] for flag in _features.split(",") if flag.startswith("+"))
@@ -44,7 +46,7 @@ def jit(function: Callable) -> Any:
 
 def _dispatcher(function: Callable, cache: Any, **options: bool) -> Any:
     # With NumPy's error model a division by zero is no exception.
-    dispatcher: Any = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
+    dispatcher = _njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)(function)
     has_compiler = dispatcher is not function  # else `_compiled` asks for it
     # The folder's name has the digest of the package's own sources only.
     if has_compiler and CACHE_FOLDER and function.__module__.startswith("fastnewton."):
@@ -181,4 +183,5 @@ def call(typingctx, code, *arguments):
         failed = builder.call(builder.inttoptr(args[0], kind.as_pointer()), [result, error, *values])
         return builder.select(builder.icmp_signed("==", failed, status(0)), builder.load(result), word(-1))
 
-    return INT(code, types.StarArgTuple.from_types(arguments)), emit
+    packed: Any = types.StarArgTuple.from_types(arguments)
+    return INT(code, packed), emit

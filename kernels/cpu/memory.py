@@ -1,17 +1,18 @@
 """Raw memory in compiled code: numbers at addresses, argument blocks, atomic operations, and where arrays lie."""
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba import from_dtype, types
-from numba.extending import intrinsic
 
-from fastnewton.kernels.cpu.jit import INT, INTS, address, entry, jit
+from fastnewton.kernels.cpu.jit import INT, INTS, address, entry, intrinsic, jit
 
 _I1, _I8, _I64 = ir.IntType(1), ir.IntType(8), ir.IntType(64)
 _BYTES = _I8.as_pointer()
 
 
-def _pointer(builder, where, pointee=_I64):
+def _pointer(builder: Any, where: Any, pointee: Any = _I64) -> Any:
     return builder.inttoptr(where, pointee.as_pointer())
 
 

@@ -23,17 +23,16 @@ import inspect
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, cached_property
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from fastnewton.dtypes import DTYPES
-from fastnewton.kernels.cpu.jit import CPU_FEATURES, INT, code_address, jit
+from fastnewton.kernels.cpu.jit import CPU_FEATURES, INT, code_address, intrinsic, jit
 
 I1, I32, I64, BYTE = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
-_FLOAT = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
+_FLOAT: dict[str, Any] = {"float32": ir.FloatType(), "float64": ir.DoubleType()}
 _STORED = {**_FLOAT, "float16": ir.IntType(16), "bfloat16": ir.IntType(16)}
 CACHE_LINE = 64
 
@@ -70,7 +69,7 @@ def _operator(instruction: str, swapped: bool = False) -> Callable:
 class Integer:
     """A 64-bit integer of the compiled code, with Python's operators; non-negative where it is divided or shifted."""
 
-    def __init__(self, builder: ir.IRBuilder, value: ir.Value):
+    def __init__(self, builder: Any, value: Any):
         self.builder, self.value = builder, value
 
     __add__ = __radd__ = _operator("add")
@@ -79,21 +78,21 @@ class Integer:
     __lshift__, __rlshift__ = _operator("shl"), _operator("shl", swapped=True)
     __rshift__, __floordiv__ = _operator("lshr"), _operator("udiv")
 
-    def __lt__(self, other) -> ir.Value:
+    def __lt__(self, other) -> Any:
         return self.builder.icmp_signed("<", self.value, _raw(other))
 
-    def __gt__(self, other) -> ir.Value:
+    def __gt__(self, other) -> Any:
         return self.builder.icmp_signed(">", self.value, _raw(other))
 
 
-def _raw(number: Integer | int) -> ir.Value:
+def _raw(number: Integer | int) -> Any:
     return I64(number) if isinstance(number, int) else number.value
 
 
 class Vector:
     """A register full of `compute` values."""
 
-    def __init__(self, v: "Vectors", value: ir.Value):
+    def __init__(self, v: "Vectors", value: Any):
         self.v, self.value = v, value
 
     def __add__(self, other: "Vector") -> "Vector":
@@ -115,7 +114,7 @@ class Product(Vector):
         self.v, self.x, self.y = v, x, y
 
     @cached_property
-    def value(self) -> ir.Value:
+    def value(self) -> Any:
         return self.v.builder.fmul(self.x.value, self.y.value)
 
 
@@ -190,7 +189,7 @@ class Scratch(Row):
 class Vectors:
     """Emits instructions on vectors of `compute` values that the caller's memory keeps as `storage` values."""
 
-    def __init__(self, builder: ir.IRBuilder, storage: str, compute: str):
+    def __init__(self, builder: Any, storage: str, compute: str):
         self.builder, self.storage, self.compute = builder, storage, compute
         self.lanes = lanes(compute)
         self.scalar = _FLOAT[compute]
@@ -219,7 +218,7 @@ class Vectors:
         """Return an Integer for a Python int."""
         return Integer(self.builder, _raw(number))
 
-    def select(self, condition: ir.Value, x, y):
+    def select(self, condition: Any, x: Any, y: Any) -> Any:
         """Return x, an integer or a Vector, where the condition holds, else y."""
         if isinstance(x, Vector):
             return Vector(self, self.builder.select(condition, x.value, y.value))
@@ -231,10 +230,10 @@ class Vectors:
 
     # -- memory ---------------------------------------------------------------------------------------------
 
-    def pointer(self, address: Integer, pointee: ir.Type) -> ir.Value:
+    def pointer(self, address: Integer, pointee: Any) -> Any:
         return self.builder.inttoptr(address.value, pointee.as_pointer())
 
-    def allocate(self, kind: ir.Type) -> ir.Value:
+    def allocate(self, kind: ir.Type) -> Any:
         """Return a variable of the function, which becomes a register."""
         with self.builder.goto_entry_block():
             return self.builder.alloca(kind)
@@ -265,7 +264,7 @@ class Vectors:
 
     # -- conversions ----------------------------------------------------------------------------------------
 
-    def widen(self, raw: ir.Value) -> ir.Value:
+    def widen(self, raw: Any) -> Any:
         """Convert stored values to `compute`."""
         if self.storage == self.compute:
             return raw
@@ -276,7 +275,7 @@ class Vectors:
             raw = self._single_of_half(raw)  # to float64 there is no instruction, so no direct way
         return raw if raw.type == self.type else self.builder.fpext(raw, self.type)
 
-    def narrow(self, value: ir.Value) -> ir.Value:
+    def narrow(self, value: Any) -> Any:
         """Round `compute` values to storage: to nearest, ties to even."""
         b = self.builder
         if self.storage == self.compute:
@@ -424,8 +423,7 @@ class Vectors:
 # -- kernels ------------------------------------------------------------------------------------------------
 
 
-class Constant:
-    """Marks the arguments that a kernel is compiled for: ints and strings, which come before all others."""
+Constant = Annotated[Any, "constant"]  # an argument that a kernel is compiled for, int or str, before all others
 
 
 class Kernel:
@@ -446,7 +444,7 @@ class Kernel:
         specialisation = types.literal(" ".join(map(str, (self.name, storage, compute, *constants))))
         return code_address(_kernel, *[INT] * 7, specialisation)
 
-    def emit(self, builder: ir.IRBuilder, storage: str, compute: str, constants: list, arguments: list) -> ir.Value:
+    def emit(self, builder: Any, storage: str, compute: str, constants: list, arguments: list) -> Any:
         """Emit the kernel's instructions."""
         integers = [Integer(builder, value) for value in arguments[: self._integers]]
         result = self._function(Vectors(builder, storage, compute), *constants, *integers)

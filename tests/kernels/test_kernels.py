@@ -12,7 +12,7 @@ from problems import DTYPES, ill_conditioned, workers
 
 import fastnewton as fn
 from fastnewton.kernels.cpu import threads as pool
-from fastnewton.kernels.cpu.spectrum import COMPILED_LIMIT
+from fastnewton.kernels.cpu.eigen import COMPILED_LIMIT
 
 EVERY_M = [*range(1, 18), 32, 33, 64, 128]
 LENGTHS = [1, 2, 7, 1023, 1025, 4099]
