@@ -77,6 +77,17 @@ def cpu_kernels(quick):
         yield f"{kind} {' '.join(map(str, literals))}", function.overloads[signature].library
 
 
+def former_key(name, macros):
+    """What the base calls a kernel: `finish` is now `project`, STRAIGHT UNROLLED, and spectrum.cu of one kind."""
+    if name == "spectrum":
+        macros["KIND"] = "SPECTRUM"
+    if macros.pop("PROJECT", None):
+        name = "finish"
+    if macros.get("KIND") == "UNROLLED":
+        macros["KIND"] = "STRAIGHT"
+    return " ".join([name, *(f"{macro}={value}" for macro, value in sorted(macros.items()))])
+
+
 def cuda_kernels(quick):
     """{key: (source, options)} of each kernel that the budget of GPUs covers."""
     sys.path[:0] = [str(path) for path in (TREE / "tests", TREE / "tests" / "kernels") if path.is_dir()]
@@ -85,8 +96,10 @@ def cuda_kernels(quick):
     kernels = budget.launched("float32", 8) + budget.launched("float64", 17) if quick else budget.every_kernel()
     for kernel in kernels:
         macros = dict(kernel.macros)
-        key = " ".join([kernel.name, *(f"{name}={value}" for name, value in sorted(macros.items()))])
-        yield key, ((cuda.FOLDER / kernel.file).read_text(), kernel.name, cuda.options(**macros))
+        yield (
+            former_key(kernel.name, dict(macros)),
+            ((cuda.FOLDER / kernel.file).read_text(), kernel.name, cuda.options(**macros)),
+        )
 
 
 # -- machine code -------------------------------------------------------------------------------------------
@@ -191,11 +204,17 @@ def ptx(text, name):
     assert entries == [name], entries
     text = re.sub(rf"\b{name}\b|\b{name}(?=_param)", "KERNEL", text)
     text = re.sub(r"\b_ZZ?N?\w+", "SYMBOL", text)
+    for array in re.findall(r"^\.extern \.shared .*?(\w+)\[\]", text, re.M):  # dynamic shared memory
+        text = re.sub(rf"\b{array}\b", "SHARED", text)
     labels, registers = {}, {}
     text = re.sub(r"\$L__\w+", lambda found: in_order(found[0], labels, "L"), text)
     text = re.sub(r"%(\w+?)(\d+)\b", lambda found: f"%{found[1]}{in_order(found[0], registers, '')}", text)
     lines = [" ".join(line.split()) for line in text.split("\n")]
-    lines = [line for line in lines if line and not re.match(r"\.(?:version|target|address_size|file|loc|reg)\b", line)]
+    lines = [
+        line
+        for line in lines
+        if line and not re.match(r"\.(?:version|target|address_size|file|loc|reg|global)\b", line)
+    ]
     operations = Counter(
         re.sub(r"^@\S+ ", "", line).split()[0].rstrip(";") for line in lines if re.match(r"[@a-z]", line)
     )

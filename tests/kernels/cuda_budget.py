@@ -1,4 +1,4 @@
-"""What each kernel may take of a GPU; `python tests/kernels/cuda_budget.py` rewrites it after a deliberate change."""
+"""The budget of registers and occupancy; `python tests/kernels/cuda_budget.py` rewrites it after an intended change."""
 
 import json
 import sys
@@ -105,7 +105,7 @@ def launched(dtype, m, *, past=0, apart=0):
 
 
 def compile_all(kernels, architectures):
-    """{architecture: {key: Used}}, compiled by two threads: NVRTC works without the interpreter's lock."""
+    """Compile with two threads, since NVRTC runs without the GIL: {architecture: {key: Used}}."""
 
     def compiled(job):
         kernel, architecture = job
@@ -114,24 +114,24 @@ def compile_all(kernels, architectures):
         return architecture, kernel.key, used.get(kernel.name)
 
     jobs = [(kernel, architecture) for architecture in architectures for kernel in kernels]
-    found = {architecture: {} for architecture in architectures}
+    result = {architecture: {} for architecture in architectures}
     with ThreadPoolExecutor(2) as pool:
         for architecture, key, used in pool.map(compiled, jobs):
-            found[architecture][key] = used
-    return found
+            result[architecture][key] = used
+    return result
 
 
 def blocks(kernel, used, architecture):
-    """Blocks of the kernel that a multiprocessor holds at once."""
+    """Count the blocks of the kernel that are resident on a multiprocessor at once."""
     warps = -(-kernel.threads // 32)
     registers = -(-used.registers * 32 // 256) * 256 * warps
     shared = used.shared + kernel.shared + architecture.reserved
-    held = [architecture.blocks, architecture.threads // kernel.threads, REGISTERS // registers]
-    return min(held if shared == 0 else [*held, architecture.shared // shared])
+    limits = [architecture.blocks, architecture.threads // kernel.threads, REGISTERS // registers]
+    return min(limits if shared == 0 else [*limits, architecture.shared // shared])
 
 
 def every_kernel():
-    """All that the budget covers."""
+    """Collect all kernels that the budget covers."""
     counts = {"float32": MANY, "float64": MANY, "float16": [*FEW, 65], "bfloat16": [*FEW, 65]}
     kernels = [kernel for dtype, workers in counts.items() for m in workers for kernel in launched(dtype, m)]
     for dtype, workers in {"float32": (3, 8, 17), "float64": (8,), "float16": FEW, "bfloat16": (8, 17)}.items():
@@ -142,17 +142,17 @@ def every_kernel():
 
 def main():
     kernels = every_kernel()
-    found = compile_all(kernels, ARCHITECTURES)
+    used = compile_all(kernels, ARCHITECTURES)
     budget = {
         kernel.key: {
-            name: [found[name][kernel.key].registers, blocks(kernel, found[name][kernel.key], limits)]
+            name: [used[name][kernel.key].registers, blocks(kernel, used[name][kernel.key], limits)]
             for name, limits in ARCHITECTURES.items()
         }
         for kernel in kernels
     }
     lines = [f"{json.dumps(key)}: {json.dumps(budget[key])}" for key in sorted(budget)]
     FILE.write_text(f'{{\n"nvrtc": "{nvrtc.release()}",\n' + ",\n".join(lines) + "\n}\n")
-    spilled = [key for used in found.values() for key, value in used.items() if value.spilled]
+    spilled = [key for each in used.values() for key, value in each.items() if value.spilled]
     print(f"{len(kernels)} kernels; with spills: {sorted(set(spilled))}")
 
 

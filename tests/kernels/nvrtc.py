@@ -1,4 +1,4 @@
-"""NVRTC by ctypes: what a kernel takes of a GPU, from the compiler's log, without a driver."""
+"""NVRTC through ctypes: a kernel's registers, spills and shared memory from the compiler's log, without a driver."""
 
 import ctypes
 import importlib.util
@@ -14,7 +14,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 
 
 class Used(NamedTuple):
-    """Of one kernel: registers of a thread, bytes spilled to memory, static shared memory of a block."""
+    """Resources of a kernel: registers and spilled bytes per thread, static shared memory per block."""
 
     registers: int
     spilled: int
@@ -22,19 +22,19 @@ class Used(NamedTuple):
 
 
 class CompileError(Exception):
-    """What the compiler says about a source."""
+    """The compiler's log of a source that does not compile."""
 
 
 def is_expected():
-    """Whether this is a platform for which the `test` extra brings the compiler."""
+    """Tell whether the `test` extra brings the compiler to this platform."""
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 @cache
 def _folder():
-    found = importlib.util.find_spec("nvidia")
-    places = [Path(place) / "cu13" for place in found.submodule_search_locations] if found else []
-    return next(place for place in places if (place / "lib").is_dir())
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(location) / "cu13" for location in spec.submodule_search_locations] if spec else []
+    return next(folder for folder in folders if (folder / "lib").is_dir())
 
 
 @cache
@@ -44,7 +44,7 @@ def _library():
 
 @cache
 def release():
-    """Major and minor version of the compiler."""
+    """Return the version of the compiler, major.minor."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return f"{major.value}.{minor.value}"
@@ -55,24 +55,24 @@ def compile_source(text, name, options, architecture):
     library, program = _library(), ctypes.c_void_p()
     _check(library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None))
     # CuPy always adds -ftz=true.
-    given = [f"-arch={architecture}", "--ptxas-options=-v", f"-I{_folder() / 'include'}", "-ftz=true", *options]
-    words = (ctypes.c_char_p * len(given))(*(option.encode() for option in given))
+    arguments = [f"-arch={architecture}", "--ptxas-options=-v", f"-I{_folder() / 'include'}", "-ftz=true", *options]
+    array = (ctypes.c_char_p * len(arguments))(*(argument.encode() for argument in arguments))
     try:
-        code = library.nvrtcCompileProgram(program, len(given), words)
+        code = library.nvrtcCompileProgram(program, len(arguments), array)
         size = ctypes.c_size_t()
         _check(library.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
-        log = ctypes.create_string_buffer(size.value)
-        _check(library.nvrtcGetProgramLog(program, log))
+        buffer = ctypes.create_string_buffer(size.value)
+        _check(library.nvrtcGetProgramLog(program, buffer))
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
-    said = log.value.decode()
+    log = buffer.value.decode()
     if code:
-        raise CompileError(f"{name} for {architecture} with {' '.join(options)}\n{said}")
-    found = {}
-    for kernel, spilled, registers, rest in ENTRY.findall(said):
+        raise CompileError(f"{name} for {architecture} with {' '.join(options)}\n{log}")
+    used = {}
+    for kernel, spilled, registers, rest in ENTRY.findall(log):
         shared = SHARED.search(rest)
-        found[kernel] = Used(int(registers), int(spilled), int(shared[1]) if shared else 0)
-    return found
+        used[kernel] = Used(int(registers), int(spilled), int(shared[1]) if shared else 0)
+    return used
 
 
 def _check(code):

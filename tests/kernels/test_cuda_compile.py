@@ -24,9 +24,9 @@ def budget():
 
 def assert_within(budget, kernels, name):
     limits = ARCHITECTURES[name]
-    found = cuda_budget.compile_all(kernels, [name])[name]
+    compiled = cuda_budget.compile_all(kernels, [name])[name]
     for kernel in kernels:
-        used = found[kernel.key]
+        used = compiled[kernel.key]
         assert used.spilled == 0, f"{kernel.key} spills {used.spilled} bytes on {name}"
         assert used.shared + kernel.shared <= limits.of_block, f"{kernel.key}: shared memory of {name}"
         registers, blocks = budget[kernel.key][name]
