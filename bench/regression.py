@@ -18,23 +18,21 @@ import sys
 import tempfile
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numba
 import numpy as np
 
 from bench import ceilings, kept
 from bench.compare import last_level_cache
+from bench.kernel_calls import Call, record_kernel_calls
 from bench.report import ROOT, Table
 from bench.roofline import Pass
 from bench.timing import Sample, interleaved
-from fastnewton.arrays import Rows, allocate
-from fastnewton.kernels.cpu import combine, gram, step, threads
+from fastnewton.arrays import allocate
+from fastnewton.kernels.cpu import threads
 
 BENCHMARKS, INVARIANTS = "bench/test_speed.py", kept.FOLDER / "invariants.json"
 SLACK, MOST_MARGIN = 0.1, 0.25  # so that runs of unchanged code may differ by 13 %
@@ -45,7 +43,6 @@ MOST_ROUNDS = 10_000
 FIRST_LEVEL, MULTIPLIED = 1 << 14, 64  # bytes read, rows of matrices, in the first-level cache; BLAS takes one thread
 CACHED = 1 << 24  # bytes; what is longer is compared with as long a read, since it may come from memory
 LEAST_READ = 1 << 18  # bytes, for a call to be much longer than its overhead
-KERNELS = (gram, "gram"), (gram, "joint_gram"), (combine, "combine"), (step, "step"), (step, "step_of_arrays")
 COARSE = 30_000  # bytes; versions of Python and NumPy differ by less
 
 
@@ -116,7 +113,7 @@ def invariants_of(task: Callable) -> dict:
     With one thread, since there are more parts of K with more.
     """
     with threads.set_thread_limit(1):
-        with handed_to_kernels() as handed:
+        with record_kernel_calls() as calls:
             task()
         task()  # loads code
         tracemalloc.start()
@@ -125,25 +122,15 @@ def invariants_of(task: Callable) -> dict:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    return {"bytes": dict(handed), f"peak // {COARSE}": peak // COARSE}
+    return {"bytes": count_bytes(calls), f"peak // {COARSE}": peak // COARSE}
 
 
-@contextmanager
-def handed_to_kernels() -> Iterator[Counter]:
-    """Bytes of the caller's rows that each CPU kernel is handed while the block runs."""
+def count_bytes(calls: Iterable[Call]) -> dict[str, int]:
+    """Add up the bytes of the caller's rows that each kernel was handed."""
     handed = Counter()
-
-    def counted(name: str, kernel: Callable, *given: Any, **named: Any) -> Any:
-        rows = [one for one in (*given, *named.values()) if isinstance(one, Rows)]
-        if name == "step_of_arrays":
-            rows = given[:3]
-        handed[name.removesuffix("_of_arrays")] += sum(one.nbytes for one in rows)
-        return kernel(*given, **named)
-
-    with ExitStack() as stack:
-        for module, name in KERNELS:
-            stack.enter_context(mock.patch.object(module, name, partial(counted, name, getattr(module, name))))
-        yield handed
+    for call in calls:
+        handed[call.kernel] += call.nbytes
+    return dict(handed)
 
 
 # -- all of them, and what is to be thought of them -----------------------------------------------------------

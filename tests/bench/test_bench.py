@@ -23,6 +23,7 @@ from bench import (
     descent,
     exchange,
     kept,
+    kernel_calls,
     network,
     peers,
     plots,
@@ -68,12 +69,14 @@ def test_the_step_hands_its_kernels_the_bytes_that_the_roofline_counts(rng, dtyp
     """One call of gram with the gradients; one of combine with parameters, gradients and the result; or both in one."""
     m, n = 5, 3000
     thetas, grads = rng.standard_normal((2, m, n)).astype(dtype)
-    with regression.handed_to_kernels() as handed:
+    with kernel_calls.record_kernel_calls() as calls:
         fn.combine(thetas, grads, fn.spectrum(fn.gram(grads)).coefficients, lr=1.0)  # which is what a step is
-    assert handed == {name: getattr(roofline, name)(m, n, thetas.itemsize).bytes for name in ("gram", "combine")}
-    with regression.handed_to_kernels() as handed:
+    assert regression.count_bytes(calls) == {
+        name: getattr(roofline, name)(m, n, thetas.itemsize).bytes for name in ("gram", "combine")
+    }
+    with kernel_calls.record_kernel_calls() as calls:
         fn.step(thetas, grads, lr=1.0)
-    assert handed == {"step": roofline.combine(m, n, thetas.itemsize).bytes}  # each array once
+    assert regression.count_bytes(calls) == {"step": roofline.combine(m, n, thetas.itemsize).bytes}  # each array once
 
 
 def test_ceilings_count_what_they_do():
