@@ -101,7 +101,7 @@ class _Service:
 
     def _hand_out(self, rank: int) -> None:
         del self._waiting[rank]
-        words, version = self._server.latest_words()
+        words, version = self._server.latest_bits()
         self._comm.Send(np.array([version]), rank, _ANSWER)
         self._comm.Send(message(words.view(self._arrived.dtype), self._dtype), rank, _VECTOR)
 
