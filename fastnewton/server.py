@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastnewton import arrays
-from fastnewton.arrays import Output, Rows
-from fastnewton.method import LR_CAPS, NonFiniteError, Options, step_rows
+from fastnewton import arrays, checks
+from fastnewton.arrays import CPU, Output, Rows
+from fastnewton.dtypes import DTYPES
+from fastnewton.method import LocalSource, NonFiniteError, take_step
+from fastnewton.options import Options
 from fastnewton.results import StepInfo
 from fastnewton.safeguards import Safeguards
 
@@ -40,7 +42,7 @@ class ParameterServer:
         m, 1 to 1024.
     mode : {"sync", "async"}
         Step with the last Write of a round, or with every Write.
-    lr, cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards
+    lr, cutoff, max_rank, lr_rest, lr_cap, nonfinite, precision, safeguards
         As in `fastnewton.step`; max_rank=0 is averaged SGD.  With "async" a Write forms no products of the parameters,
         so that safeguards and lr_cap="curvature" are for "sync"; so are "drop" and "propagate".
     max_staleness : int, optional
@@ -70,38 +72,38 @@ class ParameterServer:
         lr_rest: float | None = None,
         lr_cap: str | None = None,
         nonfinite: str = "raise",
+        precision: str | None = None,
         safeguards: Safeguards | None = None,
         max_staleness: int | None = None,
     ):
-        self._mode = arrays.choice(mode, "mode", MODES)
-        self._lr = arrays.real(lr, "lr")
-        lr_cap = arrays.choice(lr_cap, "lr_cap", LR_CAPS)
-        self._options = Options.checked(cutoff, max_rank, lr_rest, lr_cap, nonfinite, safeguards)
-        self._max_age = arrays.count(max_staleness, "max_staleness")
+        self._mode = checks.choice(mode, "mode", MODES)
+        self._lr = checks.real(lr, "lr")
+        self._options = Options.check(cutoff, max_rank, lr_rest, lr_cap, nonfinite, precision, safeguards)
+        self._max_age = checks.count(max_staleness, "max_staleness")
         if self._mode == "async":
             _check_asynchronous(self._options)
         elif max_staleness is not None:
             raise ValueError("max_staleness must be None with mode='sync', where every worker writes in every round")
-        m = arrays.count(workers, "workers")
+        m = checks.count(workers, "workers")
         if m is None or not 1 <= m <= arrays.MAX_WORKERS:
             raise ValueError(f"workers must be 1 to {arrays.MAX_WORKERS}; got {workers!r}")
         start = arrays.single(theta0, "theta0")
-        if start.device != "cpu":
+        if start.device != CPU:
             raise TypeError(f"theta0 must be in CPU memory; got an array on {start.device}")
         self.like = start._replace(owner=None)
         self.counts: Counter[str] = Counter()
-        self._word = np.dtype(f"u{start.itemsize}")
-        self._stacks = [arrays.aligned((m, start.n), self._word) for _ in range(2)]  # thetas, grads
+        word = DTYPES[start.dtype].word
+        self._stacks = [arrays.allocate((m, start.n), word) for _ in range(2)]  # thetas, grads
         for stack in self._stacks:
             stack[:] = 0
         self._rows = [arrays.rows_of(stack, start.dtype) for stack in self._stacks]
         self._versions = np.zeros(m, np.int64)  # to which each worker's last Write belongs; 0 for none
         self._changed = threading.Condition()
-        self._latest = _Latest(self._copy(arrays.memory(start, self._word)), 0, None)
+        self._latest = _Latest(self._copy(start.raw_bits), 0, None)
 
     def _copy(self, raw_bits: np.ndarray) -> Output:
         target = arrays.output(None, self.like, ())
-        arrays.memory(target.rows, self._word, read_only=False)[:] = raw_bits
+        target.rows.raw_bits[:] = raw_bits
         return target
 
     @property
@@ -120,9 +122,9 @@ class ParameterServer:
         return self._versions.size
 
     def latest_bits(self) -> tuple[np.ndarray, int]:
-        """Return the raw bits of the latest parameters, as unsigned integers, and their version."""
+        """Return the raw bits of the latest parameters and their version."""
         target, version, _ = self._latest
-        return arrays.memory(target.rows, self._word), version
+        return target.rows.raw_bits, version
 
     def read(self, after: int | None = None) -> tuple[Any, int]:
         """Return the latest parameters and their version.
@@ -139,11 +141,11 @@ class ParameterServer:
         version : int
             0 for theta0, then one more for each update.
         """
-        if (known := arrays.count(after, "after")) is not None:
+        if (known := checks.count(after, "after")) is not None:
             with self._changed:
                 self._changed.wait_for(lambda: self.version > known)
         target, version, _ = self._latest
-        return target.finish(), version
+        return target.export(), version
 
     def write(self, worker: int, theta: Any, grad: Any) -> int:
         """Replace the parameters and gradient of one worker; never waits for another one.
@@ -168,7 +170,7 @@ class ParameterServer:
             NaN or infinity in theta or grad with nonfinite="raise", in all rows with "drop", or an update that
             overflows.  Nothing has changed then.
         """
-        k = arrays.count(worker, "worker")
+        k = checks.count(worker, "worker")
         if k is None or k >= self.workers:
             raise ValueError(f"worker must be 0 to {self.workers - 1}; got {worker!r}")
         first = arrays.vector(theta, "theta", self.like, "theta0")
@@ -183,7 +185,7 @@ class ParameterServer:
             update = self._update(k, theta, grad, version)
             # Only now that nothing can fail any more is anything changed.
             for stack, row in zip(self._stacks, (theta, grad), strict=True):
-                stack[k] = arrays.memory(row, self._word)
+                stack[k] = row.raw_bits
             self._versions[k] = version
             if update is not None:
                 target, info = update
@@ -205,7 +207,7 @@ class ParameterServer:
         )
         target = arrays.output(None, self.like, ())
         try:
-            info = step_rows(thetas, grads, self._lr, self._options, target.rows)
+            info = take_step(LocalSource(thetas, grads, self._lr, self._options, target.rows), self._options)
         except NonFiniteError as error:
             raise NonFiniteError.of(present[list(error.workers)].tolist()) if error.workers else error from None
         return target, info
@@ -223,7 +225,7 @@ class ParameterServer:
     def state_dict(self) -> dict[str, Any]:
         """Copy all that a server of the same arguments needs to go on with the same bits.
 
-        NumPy arrays, numbers and strings; rows and parameters as the bits of their dtype, in unsigned integers.
+        NumPy arrays, numbers and strings; 16-bit rows and parameters as raw bits.
         """
         with self._changed:
             info, dropped = self.info, np.zeros(self.workers, bool)
@@ -279,9 +281,9 @@ def _check_asynchronous(options: Options) -> None:
 
 def _with_row(rows: Rows, k: int, row: Rows) -> Rows:
     """Put a caller's row in place of the k-th, without copying it."""
-    table = rows.table.copy()
-    table[k] = row.table[0]
-    return rows._replace(table=table)
+    table, owner = rows.table.copy(), list(rows.owner)
+    table[k], owner[k] = row.table[0], row.owner[0]
+    return rows._replace(table=table, owner=owner)
 
 
 def _check_entry(name: str, value: np.ndarray, own: np.ndarray) -> None:

@@ -108,7 +108,10 @@ def test_an_update_that_overflows_changes_nothing(rng, mode):
     assert target.write(1, thetas[1], grads[1]) == before["version"] + 1
 
 
-@pytest.mark.parametrize("options", [{"nonfinite": "drop"}, {"nonfinite": "drop", "safeguards": fn.Safeguards()}])
+@pytest.mark.parametrize(
+    "options",
+    [{"nonfinite": "drop", "precision": "float64"}, {"nonfinite": "drop", "safeguards": fn.Safeguards()}],
+)
 def test_a_worker_that_is_not_finite_is_dropped(rng, options):
     thetas, grads = random_rows(rng, 3, 1100)
     grads[1, 77] = np.nan
@@ -176,7 +179,7 @@ def test_a_single_worker_takes_plain_gradient_steps(rng):
 @pytest.mark.parametrize(("dtype", "m"), [*((name, 3) for name in DTYPES), ("float32", 8), ("float64", 17)])
 def test_every_write_has_the_bits_of_a_step_of_the_rows_so_far(rng, dtype, m):
     thetas, grads = random_rows(rng, m, 1300, DTYPES[dtype])
-    options = {"lr": 0.5, "cutoff": 0.3, "lr_cap": "sigma", "lr_rest": 0.25, "max_rank": 5}
+    options = {"lr": 0.5, "cutoff": 0.3, "lr_cap": "sigma", "lr_rest": 0.25, "max_rank": 5, "precision": "float64"}
     target, written = ParameterServer(thetas[0], m, "async", **options), set()
     for k in [*range(m), *rng.integers(m, size=m)]:
         thetas[k], grads[k] = random_rows(rng, 1, 1300, DTYPES[dtype])[:, 0]
@@ -293,6 +296,7 @@ def test_tensors_come_back_as_tensors(mode):
         ({"lr_rest": np.nan}, ValueError, "lr_rest"),
         ({"lr_cap": "tau"}, ValueError, "lr_cap"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite"),
+        ({"precision": "float32"}, ValueError, "precision"),
         ({"safeguards": True}, TypeError, "safeguards"),
         ({"mode": "async", "lr_cap": "curvature"}, ValueError, "lr_cap must be None or 'sigma' with mode='async'"),
         ({"mode": "async", "safeguards": fn.Safeguards()}, ValueError, "safeguards must be None with mode='async'"),
