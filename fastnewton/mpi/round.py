@@ -54,9 +54,8 @@ class Round:
             with failure:
                 thetas = exchange.shard_of("thetas", self.workers) if self.options.reads_thetas else None
                 grads = exchange.shard_of("grads", self.workers)
-                first, last = exchange.block_ranges[comm.rank]
-                whole = [rows and rows.part(-first * side.BLOCK, self.n) for rows in (grads, thetas)]
-                message[1:] = side.parts(*whole, self.options, products, first, last).ravel()
+                first, _ = exchange.block_ranges[comm.rank]
+                message[1:] = side.parts(grads, thetas, self.options, products, first, blocks).ravel()
         message[0] = _NO_PARTS if failure else self.lengths.digest
         exchange.wait()
         sizes = [1 + len(own) * size for own in places]

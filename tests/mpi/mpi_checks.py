@@ -732,9 +732,10 @@ def check_each_rank_forms_the_parts_of_its_own_blocks(comm):
                 DistNewton(comm, lr=0.5, **options) as newton,
             ):
                 newton.step(thetas[comm.rank], grads[comm.rank])
-            runs, blocks = [call.args[-2:] for call in parts.call_args_list], -(-n // 1024)
-            wanted = [tuple(blocks * rank // comm.size for rank in (comm.rank, comm.rank + 1))]
-            expect(comm, runs != wanted and f"n={n}, {options}: blocks {runs}, not {wanted}")
+            runs, blocks = [(call.args[0].n, *call.args[-2:]) for call in parts.call_args_list], -(-n // 1024)
+            first, last = (blocks * rank // comm.size for rank in (comm.rank, comm.rank + 1))
+            wanted = [(min(1024 * last, n) - min(1024 * first, n), first, blocks)]
+            expect(comm, runs != wanted and f"n={n}, {options}: coordinates and blocks {runs}, not {wanted}")
 
 
 def check_traffic_is_that_of_the_table(comm):
