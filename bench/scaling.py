@@ -10,8 +10,6 @@ import numpy as np
 import fastnewton as fn
 from bench import ceilings, compare, exchange, fits, gpu, memory, network, peers, roofline, timing, train
 from bench.report import Table, Words, milliseconds
-from fastnewton import arrays
-from fastnewton.kernels.cpu import gram as gram_kernel
 from fastnewton.server import ParameterServer
 
 MS = (2, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
@@ -95,15 +93,11 @@ def measure(shape: Shape, on: Side, rounds: int) -> dict:
 
 
 def _write(m: int, thetas: np.ndarray, grads: np.ndarray) -> dict[str, Callable[[], object]]:
-    """An asynchronous Write, and the products of one row that stand in it for the Gram."""
+    """Prepare an asynchronous Write."""
     server = ParameterServer(thetas[0], m, "async", lr=peers.LR, cutoff=peers.CUTOFF)
     for k in range(m):
         server.write(k, thetas[k], grads[k])
-    rows = [arrays.rows(given, "grads") for given in (grads, grads[:1], np.zeros_like(grads[:1]))]
-    return {
-        "row products": lambda: gram_kernel.row_products(*rows),
-        "write": lambda: server.write(0, thetas[0], grads[0]),
-    }
+    return {"write": lambda: server.write(0, thetas[0], grads[0])}
 
 
 def eigenproblems(on: Side, rounds: int, quick: bool) -> list[dict]:
@@ -120,13 +114,11 @@ def fitted(rows: list[dict], cubes: list[dict], cache: int) -> dict[str, dict]:
     nbytes = {
         "gram": lambda m, n: roofline.gram(m, n, 4).bytes,
         "combine": lambda m, n: roofline.combine(m, n, 4).bytes,
-        "row products": lambda m, n: roofline.gram(m, n, 4).bytes,
         "write": lambda m, n: roofline.step(m, n, 4).bytes,
     }
     models = {
         "gram": (fits.GRAM, fits.ADDITIVE),
         "combine": (fits.COMBINE, fits.ADDITIVE),
-        "row products": (fits.COMBINE, fits.ADDITIVE),
         "write": (fits.WRITE, fits.WRITE_OF_ALL),
     }
     found = {"spectrum": fits.described(fits.SPECTRUM, fits.SPECTRUM, _points(cubes, "spectrum"))}

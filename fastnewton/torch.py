@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from fastnewton import checks
 from fastnewton.dtypes import DTYPES
 from fastnewton.method import NonFiniteError
 from fastnewton.options import EXCHANGES, Options
+from fastnewton.results import StepInfo
 from fastnewton.safeguards import Safeguards
 
-_GUARDED = Safeguards()  # stands for one of the optimizer's own, which counts for it alone
+_SAFEGUARDS = Safeguards()
 _KEY = "dist_newton"  # in a state_dict
 LENGTHS = ("lr", "lr_rest", "local_lr")  # of a group
 
@@ -41,9 +43,10 @@ class DistNewton(torch.optim.Optimizer):
         τ ≥ 0, the step length of Newton's part.
     lr_rest : float, optional
         β ≥ 0, the step length outside the kept directions; τ if None.
-    cutoff, nonfinite, safeguards
+    cutoff, max_rank, lr_cap, nonfinite, precision, safeguards
         As in `fastnewton.step`; by default a worker that is not finite is left out and takes over the others' step, and
-        steps that are not to be trusted become averaged SGD.
+        steps that are not to be trusted become averaged SGD.  The cap holds for the group of the largest lr, and τ of
+        the others is reduced in proportion.
     local_steps : int
         At least 2, or 1 with `spread`: from one point the workers could see no curvature.
     local_lr : float, optional
@@ -61,10 +64,10 @@ class DistNewton(torch.optim.Optimizer):
     ----------
     info : StepInfo or None
         Of the last combine with others.
+    counts : collections.Counter
+        How often each `StepInfo.reason` came up in combines with others.
     newton : fastnewton.mpi.DistNewton or None
         What the ranks combine with; `newton.traffic` counts what was sent.
-    safeguards : Safeguards or None
-        Whose `counts` say why steps were changed or not accepted.
 
     Raises
     ------
@@ -94,25 +97,28 @@ class DistNewton(torch.optim.Optimizer):
         local_lr: float | None = None,
         comm: Any = None,
         exchange: str = "auto",
-        safeguards: Safeguards | None = _GUARDED,
+        max_rank: int | None = None,
+        lr_cap: str | None = None,
         nonfinite: str = "drop",
+        precision: str | None = None,
+        safeguards: Safeguards | None = _SAFEGUARDS,
         spread: float | None = None,
     ):
         self.spread = None if spread is None else checks.real(spread, "spread")
         checks.choice(exchange, "exchange", EXCHANGES)
         self.local_steps = _checked_local_steps(local_steps, self.spread)
-        self.safeguards = Safeguards() if safeguards is _GUARDED else safeguards
-        self._options = Options.check(cutoff, None, lr_rest, None, nonfinite, None, self.safeguards)
+        self._options = Options.check(cutoff, max_rank, lr_rest, lr_cap, nonfinite, precision, safeguards)
         self._slots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # parameters, and both views
-        self._theta = self._grad = self._center = self._agreed = None
+        self._theta = self._grad = self._center = torch.empty(0)
+        self._agreed: tuple[Any, ...] | None = None
         self._count, self._seed = 0, torch.initial_seed() % 2**64
         super().__init__(params, {"lr": lr, "lr_rest": lr_rest, "local_lr": local_lr})
-        self.newton = self.info = None
+        self.newton, self.counts = None, Counter()
+        self.info: StepInfo | None = None
         if comm is not None:
             from fastnewton.mpi import DistNewton
 
-            settings = {"cutoff": cutoff, "nonfinite": nonfinite, "safeguards": self.safeguards, "exchange": exchange}
-            self._connect = functools.partial(DistNewton, comm, lr=lr, **settings)
+            self._connect = functools.partial(DistNewton, comm, lr=lr, exchange=exchange, **vars(self._options))
             self.newton = self._connect()
         self._rank, self._workers = (0, 1) if comm is None else (comm.rank, comm.size)
 
@@ -144,7 +150,7 @@ class DistNewton(torch.optim.Optimizer):
         else:
             self._combine()
             if self.spread:
-                self._move_apart()
+                self._move_apart(self.spread)
         self._count += 1
         for p, *_ in self._slots:
             torch.autograd.graph.increment_version(p)
@@ -168,7 +174,7 @@ class DistNewton(torch.optim.Optimizer):
             return
         from fastnewton.mpi import Segment
 
-        self.newton.agree(self._terms, "the parameter groups, step lengths, local_steps, spread and number of the call")
+        self.newton.agree(self._terms)
         like = self._theta.shape, self._theta.dtype, self._theta.device
         if self._agreed not in (None, like):
             self.close()
@@ -177,17 +183,25 @@ class DistNewton(torch.optim.Optimizer):
         lengths = [(group["lr"], group["lr_rest"]) for group in self.param_groups]
         segments = [Segment(size, *pair) for size, pair in zip(self._sizes(), lengths, strict=True)]
         _, self.info = self.newton.step(self._theta, self._grad, segments=segments, out=self._theta)
+        self.counts[self.info.reason] += 1
 
-    def _terms(self) -> str:
-        """A digest of what must be alike on all ranks, once the gradients are in the buffer."""
+    def _terms(self) -> dict[str, str]:
+        """Bring the gradients into the buffer, and say what must be alike on all ranks."""
         self._collect()
-        groups = [[group[name] for name in LENGTHS] + [p.shape for p in group["params"]] for group in self.param_groups]
-        terms = self._theta.dtype, self._theta.device.type, groups, self.local_steps, self.spread, self._count
-        return hashlib.sha256(repr(terms).encode()).hexdigest()
+        shapes = [[p.shape for p in group["params"]] for group in self.param_groups]
+        terms = {
+            "shapes in the groups": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16],
+            "step lengths of the groups": [[group[name] for name in LENGTHS] for group in self.param_groups],
+            "dtype and kind of device": (self._theta.dtype, self._theta.device.type),
+            "local_steps": self.local_steps,
+            "spread": self.spread,
+            "number of the call": self._count,
+        }
+        return {name: str(value) for name, value in terms.items()}
 
-    def _move_apart(self) -> None:
+    def _move_apart(self, spread: float) -> None:
         """Keep the result of the combine, and put noise on the parameters if there are other workers."""
-        length = self.spread * _norm(self._theta - self._center)
+        length = spread * _norm(self._theta - self._center)
         self._center.copy_(self._theta)
         if self._workers == 1:
             return
@@ -204,12 +218,12 @@ class DistNewton(torch.optim.Optimizer):
         if not self.spread:
             raise ValueError("combined() needs an optimizer with spread=, which keeps the result of the last combine")
         self._attach()
-        own = self._theta.clone()
+        local = self._theta.clone()
         self._theta.copy_(self._center)
         try:
             yield
         finally:
-            self._theta.copy_(own)
+            self._theta.copy_(local)
 
     def close(self) -> None:
         """Free what the ranks combine with; collective."""
@@ -253,7 +267,7 @@ class DistNewton(torch.optim.Optimizer):
         """Make all parameters views of the buffer, if any is not."""
         if self._slots and all(p.data_ptr() == theta.data_ptr() for p, theta, _ in self._slots):
             return
-        params, known = self._parameters(), self._center
+        params, previous_center = self._parameters(), self._center
         _check_alike(params)
         sizes, like = [p.numel() for p in params], params[0] if params else torch.empty(0)
         self._theta = torch.empty(sum(sizes), dtype=like.dtype, device=like.device)
@@ -264,25 +278,26 @@ class DistNewton(torch.optim.Optimizer):
             self._slots.append((p, theta, grad.view(p.shape)))
         if self.spread:
             self._center = self._theta.clone()
-            if known is not None and known.numel() <= sum(sizes):  # groups are only ever added at the end
-                self._center[: known.numel()] = known
+            if previous_center.numel() <= sum(sizes):  # groups are only ever added at the end
+                self._center[: previous_center.numel()] = previous_center
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim.Optimizer`, for this rank; with the parameters, all that the next steps depend on."""
         self._attach()
-        return super().state_dict() | {_KEY: {"count": self._count, "seed": self._seed, "center": self._center}}
+        center = self._center if self.spread else None
+        return super().state_dict() | {_KEY: {"count": self._count, "seed": self._seed, "center": center}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; on each rank its own."""
-        if (own := state_dict.get(_KEY)) is None:
+        if (checkpoint := state_dict.get(_KEY)) is None:
             raise ValueError(f"state_dict must be that of a DistNewton; got the entries {sorted(state_dict)}")
         super().load_state_dict(state_dict)
         self._attach()
-        self._count, self._seed = own["count"], own["seed"]
-        if self.spread and own["center"] is not None:
-            self._center.copy_(own["center"])
+        self._count, self._seed = checkpoint["count"], checkpoint["seed"]
+        if self.spread and checkpoint["center"] is not None:
+            self._center.copy_(checkpoint["center"])
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a DistNewton cannot be pickled or copied, since its communicator cannot; use state_dict()")

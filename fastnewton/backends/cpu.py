@@ -108,14 +108,11 @@ def part_size(m: int, options: Options) -> int:
     return gram_kernel.part_size(m, with_thetas=options.reads_thetas)
 
 
-def parts(grads: Rows, thetas: Rows | None, options: Options, compute: str, first: int, last: int) -> np.ndarray:
-    """Compute the partial Gram of each of those places; shape (places, part_size)."""
-    count = tree.blocks(grads.n)  # of all coordinates, while the Rows hold them all
-    start, stop = first * BLOCK, min(last * BLOCK, grads.n)
-    grads, thetas = grads.part(start, stop - start), thetas and thetas.part(start, stop - start)
+def parts(grads: Rows, thetas: Rows | None, options: Options, compute: str, first: int, blocks: int) -> np.ndarray:
+    """Compute the parts of Rows that begin at block `first` of so many; shape (places, part_size)."""
     if options.safeguards is not None:
-        return gram_kernel.joint_parts(thetas, grads, first=first, blocks=count)
-    return gram_kernel.gram_parts(grads, thetas, compute=compute, first=first, blocks=count)
+        return gram_kernel.joint_parts(thetas, grads, first=first, blocks=blocks)
+    return gram_kernel.gram_parts(grads, thetas, compute=compute, first=first, blocks=blocks)
 
 
 def total(places: np.ndarray, parts: np.ndarray, m: int, dtype: str, options: Options) -> Gram:

@@ -194,12 +194,11 @@ def part_size(m: int, options: Options) -> int:
     return (1 + options.reads_thetas + (options.safeguards is not None)) * Products.size(m)
 
 
-def parts(grads: Rows, thetas: Rows | None, options: Options, compute: str, first: int, last: int) -> np.ndarray:
-    """Compute the parts of these blocks (places, part_size)."""
-    if first == last:
+def parts(grads: Rows, thetas: Rows | None, options: Options, compute: str, first: int, blocks: int) -> np.ndarray:
+    """Compute the part of Rows that hold a process's own coordinates; shape (places, part_size)."""
+    if grads.n == 0:
         return np.empty((0, part_size(grads.m, options)))
-    start, count = first * BLOCK, min(last * BLOCK, grads.n) - first * BLOCK
-    gram = step_gram(thetas and thetas.part(start, count), grads.part(start, count), options, compute)
+    gram = step_gram(thetas, grads, options, compute)
     values = [gram.matrix, gram.projection, gram.norm2, gram.floor**2]
     if thetas is not None:
         values += [gram.theta_matrix, np.zeros(grads.m + 1), gram.theta_floor**2]

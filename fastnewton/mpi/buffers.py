@@ -13,7 +13,7 @@ from fastnewton.mpi import gpu_aware
 
 
 def buffers(like: Rows) -> "HostBuffers":
-    """Those for arrays like these."""
+    """Choose the buffers for arrays like these."""
     if like.device.kind == "cpu":
         return HostBuffers(like)
     return (DeviceBuffers if gpu_aware.verdict()[0] else PinnedBuffers)(like)
@@ -25,79 +25,79 @@ class HostBuffers:
     def __init__(self, like: Rows):
         self.word = DTYPES[like.dtype].word
 
-    def receiving(self, shape: tuple[int, int]) -> Any:
-        """Memory for what other ranks send."""
+    def allocate(self, shape: tuple[int, int]) -> Any:
+        """Allocate memory for what other ranks send."""
         return arrays.allocate(shape, self.word)
 
-    def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
-        """A caller's vector as MPI can send it, piece by piece."""
-        words = one.raw_bits
-        return lambda k: words[pieces[k]]
+    def prepare_send(self, vector: Rows, pieces: list[slice]) -> Callable[[int], Any]:
+        """Make a caller's vector sendable, piece by piece."""
+        return lambda k: vector.raw_bits[pieces[k]]
 
-    def rows(self, stack: Any, like: Rows) -> Rows:
-        """What was received, as kernels can read it."""
+    def make_rows(self, stack: Any, like: Rows) -> Rows:
+        """Make received vectors readable by kernels."""
         return arrays.rows_of(stack, like.dtype)
 
-    def collecting(self, target: Rows) -> Any:
-        """Memory in which the shards of θ_new come together."""
+    def open_result(self, target: Rows) -> Any:
+        """Allocate, or take from the caller, memory in which the shards of θ_new come together."""
         return target.raw_bits
 
-    def finish(self, write: Callable[[Rows], None], target: Rows, piece: slice, whole: Any) -> None:
-        """Have this piece of θ_new written, so that it is in `whole`."""
-        write(target.part(piece.start, piece.stop - piece.start))
+    def write_shard(self, write: Callable[[Rows], None], target: Rows, shard: slice, whole: Any) -> None:
+        """Have this shard of θ_new written into `whole`."""
+        write(target.part(shard.start, shard.stop - shard.start))
 
     def deliver(self, whole: Any, target: Rows) -> None:
-        """θ_new has come together where the caller wants it."""
+        """Bring the complete θ_new to where the caller wants it."""
 
 
 class DeviceBuffers(HostBuffers):
-    """Device memory; MPI knows of no stream, so that what was enqueued is waited for before it is called."""
+    """Device memory; MPI knows of no stream, so that it is called only when what was enqueued is done."""
 
-    def receiving(self, shape: tuple[int, int]) -> Any:
+    def allocate(self, shape: tuple[int, int]) -> Any:
         return jit.cupy().empty(shape, self.word)
 
-    def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
-        words = memory.view(one, self.word)
+    def prepare_send(self, vector: Rows, pieces: list[slice]) -> Callable[[int], Any]:
+        raw_bits = memory.view(vector, self.word)
         jit.cupy().cuda.get_current_stream().synchronize()
-        return lambda k: words[pieces[k]]
+        return lambda k: raw_bits[pieces[k]]
 
-    def rows(self, stack: Any, like: Rows) -> Rows:
-        step = stack.shape[1] * self.word.itemsize
-        return like._replace(table=stack.data.ptr + step * np.arange(len(stack), dtype=np.int64), owner=stack)
+    def make_rows(self, stack: Any, like: Rows) -> Rows:
+        m, n = stack.shape
+        table = stack.data.ptr + n * self.word.itemsize * np.arange(m, dtype=np.int64)
+        return like._replace(table=table, n=n, owner=stack)
 
-    def collecting(self, target: Rows) -> Any:
+    def open_result(self, target: Rows) -> Any:
         return memory.view(target, self.word)
 
 
 class PinnedBuffers(DeviceBuffers):
     """Pinned memory of CuPy's pool; one piece is copied while those before it are sent."""
 
-    def receiving(self, shape: tuple[int, int]) -> Any:
+    def allocate(self, shape: tuple[int, int]) -> Any:
         return memory.pinned(shape, self.word)
 
-    def outgoing(self, one: Rows, pieces: list[slice]) -> Callable[[int], Any]:
-        words = memory.pinned((one.n,), self.word)
-        copied = [
-            memory.copy_to_host(one.part(piece.start, piece.stop - piece.start), words[piece]) for piece in pieces
+    def prepare_send(self, vector: Rows, pieces: list[slice]) -> Callable[[int], Any]:
+        raw_bits = memory.pinned((vector.n,), self.word)
+        copies = [
+            memory.copy_to_host(vector.part(piece.start, piece.stop - piece.start), raw_bits[piece]) for piece in pieces
         ]
 
-        def piece(k: int) -> np.ndarray:
-            copied[k].synchronize()
-            return words[pieces[k]]
+        def wait_for_copy(k: int) -> np.ndarray:
+            copies[k].synchronize()
+            return raw_bits[pieces[k]]
 
-        return piece
+        return wait_for_copy
 
-    def rows(self, stack: Any, like: Rows) -> Rows:
-        return super().rows(memory.upload(stack), like)
+    def make_rows(self, stack: Any, like: Rows) -> Rows:
+        return super().make_rows(memory.upload(stack), like)
 
-    def collecting(self, target: Rows) -> Any:
+    def open_result(self, target: Rows) -> Any:
         return memory.pinned((target.n,), self.word)
 
-    def finish(self, write: Callable[[Rows], None], target: Rows, piece: slice, whole: Any) -> None:
-        shard = jit.cupy().empty(piece.stop - piece.start, self.word)
-        there = target._replace(table=np.array([shard.data.ptr], np.int64), n=shard.size)
-        write(there)
-        memory.copy_to_host(there, whole[piece]).synchronize()
+    def write_shard(self, write: Callable[[Rows], None], target: Rows, shard: slice, whole: Any) -> None:
+        on_device = jit.cupy().empty(shard.stop - shard.start, self.word)
+        rows = target._replace(table=np.array([on_device.data.ptr], np.int64), n=on_device.size)
+        write(rows)
+        memory.copy_to_host(rows, whole[shard]).synchronize()
 
     def deliver(self, whole: Any, target: Rows) -> None:
         memory.copy_to_device(whole, target)

@@ -101,7 +101,7 @@ class _Service:
 
     def _hand_out(self, rank: int) -> None:
         del self._waiting[rank]
-        words, version = self._server.latest_words()
+        words, version = self._server.latest_bits()
         self._comm.Send(np.array([version]), rank, _ANSWER)
         self._comm.Send(message(words.view(self._arrived.dtype), self._dtype), rank, _VECTOR)
 
@@ -186,7 +186,7 @@ class Client:
         with backend(like).context(like):
             target = arrays.output(out, like, ())
             own = buffers(like)
-            words = own.collecting(target.rows)
+            words = own.open_result(target.rows)
             self._ask(_READ, _NO_VERSION if known is None else known)
             version = self._answer()
             self._comm.Recv(message(words, self._like.dtype), 0, _VECTOR)
@@ -222,7 +222,7 @@ class Client:
                     f"{self._like.dtype}; got {one.n} and {one.dtype}"
                 )
         with backend(given[0]).context(*given):
-            words = [buffers(one).outgoing(one, [slice(0, one.n)]) for one in given]
+            words = [buffers(one).prepare_send(one, [slice(0, one.n)]) for one in given]
             self._ask(_WRITE)
             for vector in words:
                 self._comm.Send(message(vector(0), self._like.dtype), 0, _VECTOR)

@@ -22,7 +22,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lengths:
+class StepLengths:
     """The step lengths that a step is decided with, and those of the segments where there are any."""
 
     lr: float
@@ -30,56 +30,60 @@ class Lengths:
     segments: tuple[Segment, ...] = ()
 
     @classmethod
-    def of(cls, given: Any, n: int) -> "Lengths":
-        """From a caller's segments, checked; decided with those of the segment with the largest lr."""
-        if not isinstance(given, (list, tuple)):
-            raise TypeError(f"segments must be a list or tuple of Segment; got {type(given).__name__}")
-        segments = []
-        for k, one in enumerate(given):
-            name = f"segments[{k}]"
-            if not isinstance(one, Segment):
-                raise TypeError(f"{name} must be a Segment; got {type(one).__name__}")
-            rest = None if one.lr_rest is None else checks.real(one.lr_rest, f"{name}.lr_rest")
-            length = checks.count(one.length, f"{name}.length")
-            segments.append(Segment(length or 0, checks.real(one.lr, f"{name}.lr"), rest))
-        if (total := sum(one.length for one in segments)) != n or not segments:
-            raise ValueError(f"segments must cover the {n} coordinates of theta; got {len(segments)}, {total} in all")
-        first = max(segments, key=lambda one: one.lr)
-        return cls(first.lr, first.lr_rest, tuple(segments))
+    def of_segments(cls, segments: Any, n: int) -> "StepLengths":
+        """Check a caller's segments; the step is decided with those of the segment with the largest lr."""
+        if not isinstance(segments, (list, tuple)):
+            raise TypeError(f"segments must be a list or tuple of Segment; got {type(segments).__name__}")
+        checked = tuple(_check_segment(segment, f"segments[{k}]") for k, segment in enumerate(segments))
+        if (total := sum(segment.length for segment in checked)) != n or not checked:
+            raise ValueError(f"segments must cover the {n} coordinates of theta; got {len(checked)}, {total} in all")
+        longest = max(checked, key=lambda segment: segment.lr)
+        return cls(longest.lr, longest.lr_rest, checked)
 
     @property
     def digest(self) -> float:
-        """A number that tells ranks whether their segments are alike."""
+        """Hash the segments, to compare them between ranks."""
         return float(int.from_bytes(hashlib.sha256(repr(self.segments).encode()).digest()[:6], "big"))
 
-    def within(self, info: StepInfo, start: int, count: int) -> Iterator[tuple[int, int, float, float]]:
-        """For each segment with any of these coordinates: its first among them, how many, τ and β."""
-        first = -start
-        for one in self.segments:
-            begin, end = max(first, 0), min(first + one.length, count)
-            first += one.length
-            if begin < end:
-                yield begin, end - begin, *self._of(one, info)
+    def within(self, info: StepInfo, shard: slice) -> Iterator[tuple[slice, float, float]]:
+        """Yield the part of the shard that each segment covers, counted from the shard's start, with τ and β."""
+        end = -shard.start
+        for segment in self.segments:
+            begin, end = end, end + segment.length
+            part = slice(max(begin, 0), min(end, shard.stop - shard.start))
+            if part.start < part.stop:
+                yield part, *self._scale(segment, info)
 
-    def _of(self, one: Segment, info: StepInfo) -> tuple[float, float]:
-        """τ and β of a segment, in proportion to what the decision made of those it was taken with."""
-        tau, rest = (one.lr * (length / self.lr) if self.lr else length for length in (info.lr, info.lr_rest))
+    def _scale(self, segment: Segment, info: StepInfo) -> tuple[float, float]:
+        """Change τ and β of a segment in proportion to what the decision made of those it was taken with."""
+        tau, rest = (segment.lr * (length / self.lr) if self.lr else length for length in (info.lr, info.lr_rest))
         if not info.accepted:  # averaged SGD has a single step length
             return tau, tau
-        if one.lr_rest is not None:
-            return tau, one.lr_rest
+        if segment.lr_rest is not None:
+            return tau, segment.lr_rest
         return tau, tau if self.lr_rest is not None else rest
 
 
-def finish(thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str, lengths: Lengths, start: int) -> None:
-    """Write these coordinates of θ_new, from `start` on, to `out`, and in the record whether they are finite."""
+def _check_segment(segment: Any, name: str) -> Segment:
+    if not isinstance(segment, Segment):
+        raise TypeError(f"{name} must be a Segment; got {type(segment).__name__}")
+    rest = None if segment.lr_rest is None else checks.real(segment.lr_rest, f"{name}.lr_rest")
+    length = checks.count(segment.length, f"{name}.length")
+    return Segment(length or 0, checks.real(segment.lr, f"{name}.lr"), rest)
+
+
+def combine(
+    thetas: Rows, grads: Rows, info: StepInfo, out: Rows, compute: str, lengths: StepLengths, shard: slice
+) -> None:
+    """Write this shard of θ_new to `out`, and in the record whether it is finite."""
     if not lengths.segments:
         backend(out).combine(thetas, grads, info, out=out, compute=compute)
         return
     info.record[RESULT] = 0
-    for at, count, tau, beta in lengths.within(info, start, out.n):
-        own = dataclasses.replace(info, record=info.record.copy())
-        own.record[LR], own.record[LR_REST] = tau, beta
-        rows = thetas.part(at, count), grads.part(at, count)
-        backend(out).combine(*rows, own, out=out.part(at, count), compute=compute)
-        info.record[RESULT] = max(info.record[RESULT], own.record[RESULT])
+    for part, tau, beta in lengths.within(info, shard):
+        scaled = dataclasses.replace(info, record=info.record.copy())
+        scaled.record[LR], scaled.record[LR_REST] = tau, beta
+        first, count = part.start, part.stop - part.start
+        rows = (each.part(first, count) for each in (thetas, grads))
+        backend(out).combine(*rows, scaled, out=out.part(first, count), compute=compute)
+        info.record[RESULT] = max(info.record[RESULT], scaled.record[RESULT])

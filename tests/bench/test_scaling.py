@@ -103,13 +103,12 @@ def test_parts_and_writes_are_measured_and_fitted(measured):
     found, _ = measured
     assert {tuple(sorted(row["seconds"])) for row in found["scaling"]} == {
         ("combine", "gram"),
-        ("combine", "gram", "row products", "write"),
+        ("combine", "gram", "write"),
     }
     assert set(found["fits"]) == {
         "spectrum",
         "gram, beyond",
         "combine, beyond",
-        "row products, beyond",
         "write, beyond",
     }
     assert found["fits"]["gram, beyond"]["points"] == 8  # not those of ranks

@@ -94,6 +94,8 @@ def check_every_option_has_its_effect(comm):
         {"lr_cap": "curvature", "cutoff": 1e-5, "lr_rest": 0.25},
         {"nonfinite": "drop"},
         {"nonfinite": "propagate"},
+        {"precision": "float64"},
+        {"precision": "float64", "lr_cap": "curvature", "max_rank": 1},
         {"safeguards": fn.Safeguards()},
         {"safeguards": fn.Safeguards(curvature="abs", max_newton_norm=0.5), "cutoff": 1e-5, "lr_rest": 0.25},
         {"safeguards": fn.Safeguards(max_coefficient=1e-9), "lr_cap": "curvature"},
@@ -104,6 +106,7 @@ def check_every_option_has_its_effect(comm):
             with DistNewton(comm, lr=7.0, **options) as newton:
                 given = newton.step(thetas[comm.rank], grads[comm.rank])
             expect_step(comm, f"{np.dtype(dtype)} {options}", given, fn.step(thetas, grads, lr=7.0, **options))
+            expect(comm, newton.counts != {given[1].reason: 1} and f"{options}: {newton.counts}")
 
 
 def check_results_outlive_later_steps(comm):
@@ -331,13 +334,13 @@ def check_safeguards_decide_alike_and_count(comm):
     ):
         if comm.size == 1 and what != "as usual":
             continue  # no product, no other rank
-        guards, alone = (fn.Safeguards(curvature="abs", fallback_lr=1e-220) for _ in range(2))
+        guards = fn.Safeguards(curvature="abs", fallback_lr=1e-220)
         with DistNewton(comm, lr=0.5, nonfinite="drop", safeguards=guards) as newton:
             given = newton.step(thetas[comm.rank], second[comm.rank], lr=lr)
-            expect_step(comm, what, given, fn.step(thetas, second, lr=lr, nonfinite="drop", safeguards=alone))
+            expect_step(comm, what, given, fn.step(thetas, second, lr=lr, nonfinite="drop", safeguards=guards))
         expect(
             comm,
-            guards.counts != alone.counts and f"{what}: {guards.counts}, not {alone.counts}",
+            newton.counts != {given[1].reason: 1} and f"{what}: {newton.counts}",
             "overflow" in what and given[1].reason != "nonfinite" and f"{what}: {given[1].reason}",
         )
 
@@ -451,6 +454,7 @@ def check_options_must_agree(comm):
         ("lr_rest", None, 0.5),
         ("lr_cap", "sigma", "curvature"),
         ("nonfinite", "drop", "raise"),
+        ("precision", None, "float64"),
         ("exchange", "allgather", "sharded"),
         ("safeguards", None, fn.Safeguards()),
         ("safeguards", fn.Safeguards(), fn.Safeguards(min_cosine=0.02)),
@@ -478,6 +482,7 @@ def check_bad_options_on_one_rank(comm):
             ("lr_rest", -1, ValueError),
             ("lr_cap", "none", ValueError),
             ("nonfinite", "ignore", ValueError),
+            ("precision", "float32", ValueError),
             ("exchange", "carrier pigeon", ValueError),
         ):
             options = {"lr": 0.5} | ({name: value} if comm.rank == rank else {})
@@ -690,17 +695,17 @@ def check_a_rank_that_fails_inside_a_step(comm):
     thetas, grads = data(comm, 3000)
     spoilt = grads.copy()
     spoilt[0, 7] = np.nan
-    places = [(HostBuffers, "outgoing"), (HostBuffers, "rows"), (fastnewton.backends.cpu, "parts")]
+    places = [(HostBuffers, "prepare_send"), (HostBuffers, "make_rows"), (fastnewton.backends.cpu, "parts")]
     places += [
         (fastnewton.backends.cpu, "nonfinite_workers"),
-        (fastnewton.backends.cpu, "finish"),
-        (HostBuffers, "collecting"),
+        (fastnewton.backends.cpu, "combine"),
+        (HostBuffers, "open_result"),
     ]
     for rank in ranks_of(comm):
         for place, name in [*places, (fastnewton.backends.cpu, "total"), (decision, "decide")]:
             if name in ("total", "decide") and rank > 0:
                 continue  # rank 0 does that alone
-            if name in ("finish", "collecting") and EXCHANGE == "allgather":
+            if name in ("combine", "open_result") and EXCHANGE == "allgather":
                 continue  # nothing is sent after that
             second = spoilt if name == "nonfinite_workers" else grads
             with DistNewton(comm, lr=0.5) as newton:
@@ -711,7 +716,7 @@ def check_a_rank_that_fails_inside_a_step(comm):
                     with failing if comm.rank == rank else contextlib.nullcontext():
                         expect_error(comm, name, step, MemoryError, f"rank {rank}:", f"no room for {name}")
                     # The others write their shards while one cannot.
-                    expect(comm, name not in ("finish", "collecting") and (out != 7).any() and f"{name}: out written")
+                    expect(comm, name not in ("combine", "open_result") and (out != 7).any() and f"{name}: out written")
                     expect_usable(comm, name, newton, 3000, lr=0.5)
 
 
@@ -727,9 +732,10 @@ def check_each_rank_forms_the_parts_of_its_own_blocks(comm):
                 DistNewton(comm, lr=0.5, **options) as newton,
             ):
                 newton.step(thetas[comm.rank], grads[comm.rank])
-            runs, blocks = [call.args[-2:] for call in parts.call_args_list], -(-n // 1024)
-            wanted = [tuple(blocks * rank // comm.size for rank in (comm.rank, comm.rank + 1))]
-            expect(comm, runs != wanted and f"n={n}, {options}: blocks {runs}, not {wanted}")
+            runs, blocks = [(call.args[0].n, *call.args[-2:]) for call in parts.call_args_list], -(-n // 1024)
+            first, last = (blocks * rank // comm.size for rank in (comm.rank, comm.rank + 1))
+            wanted = [(min(1024 * last, n) - min(1024 * first, n), first, blocks)]
+            expect(comm, runs != wanted and f"n={n}, {options}: coordinates and blocks {runs}, not {wanted}")
 
 
 def check_traffic_is_that_of_the_table(comm):
@@ -780,11 +786,11 @@ def check_counts_beyond_the_library(comm):
     """An MPI that takes seven values at a time gets types of seven values."""
     thetas, grads = data(comm, 5003, np.float32)
     with mock.patch.object(datatypes, "LARGEST_COUNT", 7):
-        datatypes.counted.cache_clear()
+        datatypes.count_and_type.cache_clear()
         with DistNewton(comm, lr=0.5) as newton:
             given = newton.step(thetas[comm.rank], grads[comm.rank])
-        composed = datatypes.counted(5003, "float32")[0] == 1
-    datatypes.counted.cache_clear()
+        composed = datatypes.count_and_type(5003, "float32")[0] == 1
+    datatypes.count_and_type.cache_clear()
     expect(comm, not composed and "no composed type was made")
     expect_step(comm, "few values at a time", given, fn.step(thetas, grads, lr=0.5))
 
@@ -958,13 +964,13 @@ def check_every_rank_has_the_same_kind_of_memory(comm):
 def _threads_seen():
     """The number of threads that the kernels may use, whenever a step runs them."""
     seen = []
-    really = fastnewton.backends.cpu.finish
+    really = fastnewton.backends.cpu.combine
 
-    def looking(*arguments):
+    def looking(*arguments, **options):
         seen.append(threads.thread_count())
-        return really(*arguments)
+        return really(*arguments, **options)
 
-    with mock.patch.object(fastnewton.backends.cpu, "finish", looking):
+    with mock.patch.object(fastnewton.backends.cpu, "combine", looking):
         yield seen
 
 

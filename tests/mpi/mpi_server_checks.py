@@ -67,9 +67,9 @@ def check_rounds_have_the_bits_of_steps(comm):
 
 def check_counts_beyond_the_library(comm):
     with mock.patch.object(datatypes, "LARGEST_COUNT", 7):
-        datatypes.counted.cache_clear()
+        datatypes.count_and_type.cache_clear()
         expect_rounds(comm, 1025, np.float32)
-    datatypes.counted.cache_clear()
+    datatypes.count_and_type.cache_clear()
 
 
 def check_every_asynchronous_write_is_an_update(comm):

@@ -1,15 +1,14 @@
 """`fastnewton.mpi` with 1 to 4 ranks: starts mpiexec itself.  What is checked on the ranks stands in mpi_checks.py."""
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
+from ranks import LIMIT, MPIEXEC, UNWANTED, Ranks
 
 from fastnewton.environment import foreign_launcher
 
@@ -17,55 +16,10 @@ pytest.importorskip("mpi4py", exc_type=ImportError)
 
 from fastnewton.mpi import gpu_aware
 
-TESTS = Path(__file__).parents[1]
 PROGRAM, SERVED = (Path(__file__).with_name(name) for name in ("mpi_checks.py", "mpi_server_checks.py"))
 CHECKS, OF_SERVER = (
     re.findall(r"^def (check_\w+)", program.read_text(encoding="utf-8"), re.MULTILINE) for program in (PROGRAM, SERVED)
 )
-MPIEXEC = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
-LIMIT = 240  # seconds for one run, kernels compiled on every rank included; warm, it takes a few
-
-# Numbers of threads, and what launchers leave behind: the ranks are to see their own launcher alone.
-UNWANTED = ("FASTNEWTON_NUM_THREADS", "NUMBA_NUM_THREADS", "OMPI_COMM_WORLD_SIZE", "PMIX_SIZE", "SLURM_NTASKS")
-
-
-class Ranks:
-    """One run of the checks under mpiexec."""
-
-    def __init__(self, size, *checks, program=PROGRAM, python=sys.executable, mpiexec=(MPIEXEC,), **variables):
-        if None in mpiexec:
-            pytest.skip("no mpiexec")
-        command = [python, "-W", "error", "-m", "mpi4py", str(program), "--limit", str(LIMIT - 20)]
-        environment = {name: value for name, value in os.environ.items() if name not in UNWANTED} | variables
-        environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-        started = subprocess.Popen(
-            [*mpiexec, "-n", str(size), *command, *checks],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            self.output, _ = started.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            started.terminate()  # mpiexec then ends its ranks
-            self.output = f"no end after {LIMIT} s\n{started.communicate(timeout=20)[0]}"
-        self.status = started.returncode
-        lines = [line for line in self.output.splitlines() if line.startswith('{"check"')]
-        self.outcomes = {outcome["check"]: outcome for outcome in map(json.loads, lines)}
-
-    def told(self, check):
-        """What a check returned on rank 0; fails with what each rank has to say."""
-        assert check in self.outcomes, f"no word of {check}: it hangs, or a rank has ended.\n{self.output}"
-        outcome = self.outcomes[check]
-        ranks = {}
-        for rank, text in outcome["failed"].items():
-            ranks.setdefault(text, []).append(rank)
-        assert not ranks, "\n".join(f"on rank {', '.join(those)}:\n{text}" for text, those in ranks.items())
-        if outcome["skipped"]:
-            pytest.skip(outcome["skipped"])
-        return outcome["told"]
 
 
 @pytest.fixture(
@@ -79,7 +33,7 @@ class Ranks:
 )
 def ranks(request):
     size, exchange = request.param
-    return Ranks(size, EXCHANGE=exchange)
+    return Ranks(size, program=PROGRAM, EXCHANGE=exchange)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -102,7 +56,7 @@ MAIN = [
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def gathered(request):
-    return Ranks(request.param, *MAIN, EXCHANGE="allgather")
+    return Ranks(request.param, *MAIN, program=PROGRAM, EXCHANGE="allgather")
 
 
 @pytest.mark.parametrize("check", MAIN)
@@ -136,7 +90,9 @@ def test_server_on_ranks(served, check):
 def test_threads_do_not_change_the_bits(size, exchange):
     """Both runs compare with `fn.step` on the stacked rows, too."""
     check, variables = "check_a_long_step", {"EXCHANGE": exchange}
-    told = [Ranks(size, check, FASTNEWTON_NUM_THREADS=count, **variables).told(check) for count in "12"]
+    told = [
+        Ranks(size, check, program=PROGRAM, FASTNEWTON_NUM_THREADS=count, **variables).told(check) for count in "12"
+    ]
     assert [each["threads"] for each in told] == [1, 2]
     assert told[0]["digest"] == told[1]["digest"]
 

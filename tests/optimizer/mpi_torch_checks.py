@@ -76,7 +76,7 @@ def check_training(comm):
         after = training.loss().item()
         # From ln 10 for ten digits; 120 steps of SGD at this length reach 0.35.
         expect(comm, not after < 0.6 < 2.0 < before and f"{dtype}: loss {before} → {after}")
-        counts = with_others.safeguards.counts
+        counts = with_others.counts
         expect(comm, counts.total() != 24 and f"{dtype}: {counts}")
         expect(comm, comm.size > 1 and not counts["accepted"] + counts["curvature"] and f"{dtype}: {counts}")
         told[str(dtype)] = [before, after, dict(counts)]
@@ -86,7 +86,12 @@ def check_training(comm):
 
 def check_a_combine_is_the_step_of_all_rows(comm):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        for options in ({}, {"safeguards": None, "cutoff": 0.5}, {"lr_rest": 0.0625, "nonfinite": "raise"}):
+        for options in (
+            {},
+            {"safeguards": None, "cutoff": 0.5},
+            {"lr_rest": 0.0625, "nonfinite": "raise"},
+            {"safeguards": None, "max_rank": 1, "lr_cap": "curvature", "precision": "float64"},
+        ):
             training = Training(comm, dtype)
             opt = DistNewton(training.net.parameters(), 0.5, local_steps=3, local_lr=0.25, comm=comm, **options)
             training.run(opt, 2)
@@ -100,6 +105,7 @@ def check_a_combine_is_the_step_of_all_rows(comm):
                 comm,
                 raw(training.flat()) != raw(wanted) and f"{what}: not what fn.step makes of the rows",
                 repr(opt.info) != repr(info) and f"{what}: {opt.info}, not {info}",
+                opt.counts != {info.reason: 1} and f"{what}: {opt.counts}",
             )
             opt.close()
 
@@ -244,7 +250,13 @@ def check_what_differs_between_ranks_is_told_at_the_combine(comm):
     def restored(opt, net):
         opt.load_state_dict(opt.state_dict() | {"dist_newton": {"count": 3, "seed": 1, "center": None}})
 
-    for change in (schedule, more, other_data, restored) if comm.size > 1 else ():
+    changes = {
+        schedule: "step lengths of the groups",
+        more: "shapes in the groups",
+        other_data: "shapes in the groups",
+        restored: "number of the call",
+    }
+    for change, what in changes.items() if comm.size > 1 else ():
         for rank in sorted({0, comm.size - 1}):
             training = Training(comm)
             opt = DistNewton(training.groups(), 0.5, local_steps=1, spread=0.1, comm=comm)
@@ -253,7 +265,7 @@ def check_what_differs_between_ranks_is_told_at_the_combine(comm):
             if comm.rank == rank:
                 change(opt, training.net)
             step = functools.partial(opt.step)
-            expect_error(comm, change.__name__, step, ValueError, f"rank {rank or 1}", "groups", "rank 0")
+            expect_error(comm, change.__name__, step, ValueError, f"rank {rank or 1}: {what}", "rank 0")
             opt.close()
     for rank in sorted({0, comm.size - 1}):
         embedding = torch.nn.Embedding(5, 2, sparse=comm.rank == rank)

@@ -341,6 +341,9 @@ def test_pickle_is_told_of_state_dict(net):
         ({"local_lr": "much"}, TypeError, "local_lr"),
         ({"spread": -0.1}, ValueError, "spread"),
         ({"cutoff": 1.0}, ValueError, "cutoff"),
+        ({"max_rank": -1}, ValueError, "max_rank"),
+        ({"lr_cap": "tau"}, ValueError, "lr_cap"),
+        ({"precision": "float32"}, ValueError, "precision"),
         ({"nonfinite": "ignore"}, ValueError, "nonfinite"),
         ({"safeguards": True}, TypeError, "safeguards"),
         ({"comm": "world"}, TypeError, "comm"),
@@ -397,14 +400,6 @@ def test_without_spread_there_is_nothing_to_look_at(net):
         pass
 
 
-def test_safeguards_count_for_one_optimizer(net):
-    own, one, other = fn.Safeguards(), *(DistNewton(net.parameters(), 0.1, local_steps=2) for _ in range(2))
-    assert one.safeguards == other.safeguards == fn.Safeguards()
-    assert one.safeguards is not other.safeguards
-    assert DistNewton(net.parameters(), 0.1, local_steps=2, safeguards=own).safeguards is own
-    assert DistNewton(net.parameters(), 0.1, local_steps=2, safeguards=None).safeguards is None
-
-
 def test_without_torch_the_error_names_the_extra(run_python, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError")
     program = "import fastnewton\ntry:\n    import fastnewton.torch\nexcept ImportError as error:\n    print(error)"
@@ -424,7 +419,7 @@ def test_without_torch_the_error_names_the_extra(run_python, tmp_path):
     ids=lambda param: f"{param[0]}-ranks-{param[1]}",
 )
 def ranks(request):
-    from test_mpi import Ranks
+    from ranks import Ranks
 
     size, exchange = request.param
     return Ranks(size, program=PROGRAM, EXCHANGE=exchange)
