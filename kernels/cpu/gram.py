@@ -72,41 +72,41 @@ def gram(grads, z=None, thetas=None, *, compute: str) -> RawGram:
     grads, thetas and z are Rows of one dtype, z one row; compute is "float32" or "float64", the type in which products
     of gradients are formed.
     """
-    values = _total([plain_pass(grads.m, grads.dtype, compute, z is not None)], grads, z)
+    values = _total((plain_pass(grads.m, grads.dtype, compute, z is not None),), grads, z)
     if thetas is not None:  # in turn: two streams of rows at once would be slower
-        values = np.append(values, _total([plain_pass(grads.m, grads.dtype, "float64")], thetas))
+        values = np.append(values, _total((plain_pass(grads.m, grads.dtype, "float64"),), thetas))
     return unpack(values, grads.m, with_z=z is not None, with_thetas=thetas is not None)
 
 
 def joint_gram(thetas, grads) -> RawGram:
     """Form all products of Θ, θ̄, G and ḡ over all coordinates."""
-    return unpack_joint(_total([_joint_pass(grads)], thetas, grads), grads.m)
+    return unpack_joint(_total((_joint_pass(grads),), thetas, grads), grads.m)
 
 
 def gram_with_thetas(thetas, grads, z=None, *, compute: str) -> RawGram:
     """Form `gram` of the gradients, bit by bit, and the other products of `joint_gram`, in one pass."""
     plain = plain_pass(grads.m, grads.dtype, compute, z is not None, first_row=grads.m)
-    values = _total([plain, _joint_pass(grads)], thetas, grads, z)
+    values = _total((plain, _joint_pass(grads)), thetas, grads, z)
     raw = unpack(values, grads.m, with_z=z is not None)
     return unpack_joint(values[plain.size :], grads.m)._replace(products=raw.products)
 
 
 def gram_parts(grads, thetas=None, *, compute: str, first: int, blocks: int) -> np.ndarray:
     """Form the parts of `gram` of Rows that begin at block `first` of so many, as the maximal subtrees of their run."""
-    parts = _parts([plain_pass(grads.m, grads.dtype, compute)], [grads], first, blocks)
+    parts = _parts((plain_pass(grads.m, grads.dtype, compute),), (grads,), first, blocks)
     if thetas is None:
         return parts
-    return np.hstack([parts, _parts([plain_pass(grads.m, grads.dtype, "float64")], [thetas], first, blocks)])
+    return np.hstack([parts, _parts((plain_pass(grads.m, grads.dtype, "float64"),), (thetas,), first, blocks)])
 
 
 def joint_parts(thetas, grads, *, first: int, blocks: int) -> np.ndarray:
     """Form the parts of `joint_gram`, as `gram_parts`."""
-    return _parts([_joint_pass(grads)], [thetas, grads], first, blocks)
+    return _parts((_joint_pass(grads),), (thetas, grads), first, blocks)
 
 
 def row_products(grads, row, reference) -> tuple[np.ndarray, float]:
     """Form (g_i − r)ᵀ(g − r) for every row g_i, and (g − r)ᵀr, for Rows g and r of one row, in float64."""
-    passes = [Pass(_row_block.address(grads.dtype, "float64"), 0, grads.m + 1)]
+    passes = (Pass(_row_block.address(grads.dtype, "float64"), 0, grads.m + 1),)
     values = _total(passes, grads, row, reference)
     return values[:-1], float(values[-1])
 
@@ -124,17 +124,17 @@ def plain_pass(m: int, storage: str, compute: str, with_z: bool = False, *, firs
     return Pass(code, first_row, _size(m, with_z))
 
 
-def _total(passes: list[Pass], *matrices) -> np.ndarray:
+def _total(passes: tuple[Pass, ...], *matrices) -> np.ndarray:
     """Form the one part of all blocks, zeros where there is none; `matrices` are the Rows that the passes read."""
     parts = _parts(passes, matrices, 0, tree.blocks(matrices[0].n))
     return parts[0] if len(parts) else np.zeros(parts.shape[1])
 
 
-def _parts(passes: list[Pass], matrices, first: int, blocks: int) -> np.ndarray:
+def _parts(passes: tuple[Pass, ...], matrices, first: int, blocks: int) -> np.ndarray:
     """Form the parts of the maximal subtrees of a run of blocks."""
-    matrices = [rows for rows in matrices if rows is not None]
     m, n, itemsize = matrices[0].m, matrices[0].n, matrices[0].itemsize
-    table = np.concatenate([rows.table for rows in matrices])
+    tables = [rows.table for rows in matrices if rows is not None]
+    table = np.concatenate(tables) if len(tables) > 1 else tables[0]
     workers = threads.workers_for(m * n * itemsize >= THREADED_BYTES or m * m * n >= THREADED_FLOPS)
     tasks, passes, *sizes, memory = plan(passes, len(table), n, itemsize, first, blocks, workers)
     memory = np.empty(memory)
@@ -143,7 +143,8 @@ def _parts(passes: list[Pass], matrices, first: int, blocks: int) -> np.ndarray:
     return tree.merged(tasks, parts, first, first + tree.blocks(n), blocks)
 
 
-def plan(passes: list[Pass], rows: int, n: int, itemsize: int, first: int, blocks: int, workers: int) -> tuple:
+@lru_cache(maxsize=256)
+def plan(passes: tuple[Pass, ...], rows: int, n: int, itemsize: int, first: int, blocks: int, workers: int) -> tuple:
     """Return the tasks, the passes and the sizes of a part and a thread's memory, for `gram_on_threads`; and the
     float64 numbers that its memory must hold."""
     size, count = sum(each.size for each in passes), tree.blocks(n)

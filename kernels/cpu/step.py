@@ -50,7 +50,7 @@ def step_of_arrays(
 def _plan(m: int, n: int, dtype: str, products: str, sums: str, workers: int):
     """Return the code of a step's parts, the tasks of its Gram and what is in their parts; and its memory's size."""
     itemsize = DTYPES[dtype].itemsize
-    passes = [gram.plain_pass(m, dtype, products)]
+    passes = (gram.plain_pass(m, dtype, products),)
     *of_gram, memory = gram.plan(passes, m, n, itemsize, 0, blocks(n), workers)
     codes = combine.kernels(m, n * itemsize, dtype, sums), decision_code(), eigensolver(m)
     return (*of_gram, gram.positions(m), *codes), max(memory, combine.memory_size(m, workers))
