@@ -2,11 +2,10 @@
 
 Formula      K_ij = Σ_c x_i(c)·x_j(c), b_i = Σ_c x_i(c)·z(c), Σ ḡ², Σ z², with x_i = g_i − ḡ and z = ḡ unless given;
              with thetas (for `lr_cap`) also those of t_i = θ_i − θ̄, in float64: the smallest directions of Θ drown in
-             the rounding of float32 products; joint: all products of t_i, θ̄, x_i and ḡ, in float64;
-             row products: (g_i − r)·(g − r) and (g − r)·r for one row g.
+             the rounding of float32 products; joint: all products of t_i, θ̄, x_i and ḡ, in float64.
 Shapes       rows: m vectors of length n, as a table of addresses, so that strided arrays and separate vectors are the
              same thing; z: a vector of length n; parts: (subtrees of blocks, products) float64.
-Traffic      reads m·n·itemsize bytes once (and z), with thetas or joint 2m·n·itemsize, row products (m + 2)·n·itemsize.
+Traffic      reads m·n·itemsize bytes once (and z), with thetas or joint 2m·n·itemsize.
 Rounding     the mean and the centred values stay in registers, or in L1; a float32 lane takes at most 256 terms, lanes
              are added pairwise, and from there on sums are float64.
 Determinism  a block's strips are added in turn, then blocks in the order of `tree.py`: the same bits for any number of
@@ -102,13 +101,6 @@ def gram_parts(grads, thetas=None, *, compute: str, first: int, blocks: int) -> 
 def joint_parts(thetas, grads, *, first: int, blocks: int) -> np.ndarray:
     """Form the parts of `joint_gram`, as `gram_parts`."""
     return _parts((_joint_pass(grads),), (thetas, grads), first, blocks)
-
-
-def row_products(grads, row, reference) -> tuple[np.ndarray, float]:
-    """Form (g_i − r)ᵀ(g − r) for every row g_i, and (g − r)ᵀr, for Rows g and r of one row, in float64."""
-    passes = (Pass(_row_block.address(grads.dtype, "float64"), 0, grads.m + 1),)
-    values = _total(passes, grads, row, reference)
-    return values[:-1], float(values[-1])
 
 
 def _joint_pass(grads) -> Pass:
@@ -480,33 +472,3 @@ def _tile(v, left, right, steps, ahead, tile, sums):
         for i, j in total:
             total[i, j] += x[i] * y[j]
     v.add_lane_sums(total.values(), sums)
-
-
-@kernel
-def _row_block(v, m, table, offset, strips, scratch, sums):
-    """Add (g_k − r)·(g − r) for every row and (g − r)·r, from rows g_1 … g_m, g and r."""
-    steps = STRIP // v.lanes
-    difference, reference = v.scratch(scratch), v.scratch(scratch + _row_bytes(v.compute))
-    v.clear(sums, (m + 1) * 8)
-
-    def multiply(start, count: int, k) -> None:
-        rows, total = v.rows(table, k, count, start), v.sums(range(count))
-        for c in v.range(steps):
-            d, r = difference[c], reference[c]
-            for j, row in enumerate(rows):
-                total[j] += (row[c] - r) * d
-        v.add_lane_sums(total.values(), sums + k * 8)
-
-    for strip in v.range(strips):
-        start = offset + strip * STRIP
-        (row, shift), total = v.rows(table, m, 2, start), v.sums([0])
-        for c in v.range(steps):
-            r = shift[c]
-            d = row[c] - r
-            reference[c], difference[c] = r, d
-            total[0] += d * r
-        v.add_lane_sums(total.values(), sums + m * 8)
-        for k in v.range(m >> 2):
-            multiply(start, 4, k * 4)
-        for k in v.range((m >> 2) << 2, m):
-            multiply(start, 1, k)
