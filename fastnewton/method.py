@@ -328,15 +328,18 @@ class Source(Protocol):
 
     def decide(self, gram: Gram | None) -> StepInfo:
         """Decide j, c, τ and β."""
+        ...
 
     def combine(self, info: StepInfo, sums: str) -> None:
         """Write θ_new, and in the record whether it is finite; nothing if K is not finite, unless NaN propagates."""
 
     def nonfinite_workers(self) -> list[int]:
         """Return the workers whose parameters or gradients are not finite."""
+        ...
 
     def without(self, workers: list[int]) -> "Source":
         """Return the same without these workers."""
+        ...
 
 
 def take_step(source: Source, options: Options) -> StepInfo:

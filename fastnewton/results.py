@@ -128,7 +128,8 @@ class Diagnostics:
     @classmethod
     def unpack(cls, numbers: np.ndarray) -> "Diagnostics":
         """Rebuild what `pack` returned."""
-        return cls(*numbers[:3].tolist(), numbers[4 : 4 + int(numbers[3])])
+        captured, asymmetry, noise_to_secant, j = numbers[:4].tolist()
+        return cls(captured, asymmetry, noise_to_secant, numbers[4 : 4 + int(j)])
 
 
 def packed_size(m: int) -> int:
