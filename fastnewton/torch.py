@@ -41,12 +41,12 @@ class DistNewton(torch.optim.Optimizer):
         float64, all of one dtype on one device.  What stays frozen is better left out: it is sent with the others.
     lr : float
         τ ≥ 0, the step length of Newton's part.
-    lr_rest : float, optional
-        β ≥ 0, the step length outside the kept directions; τ if None.
     cutoff, max_rank, lr_cap, nonfinite, precision, safeguards
         As in `fastnewton.step`; by default a worker that is not finite is left out and takes over the others' step, and
         steps that are not to be trusted become averaged SGD.  The cap holds for the group of the largest lr, and τ of
         the others is reduced in proportion.
+    lr_rest : float, optional
+        β ≥ 0, the step length outside the kept directions; τ if None.
     local_steps : int
         At least 2, or 1 with `spread`: from one point the workers could see no curvature.
     local_lr : float, optional
@@ -91,22 +91,22 @@ class DistNewton(torch.optim.Optimizer):
         params: Iterable[Any],
         lr: float,
         *,
-        lr_rest: float | None = None,
         cutoff: float = 0.1,
-        local_steps: int,
-        local_lr: float | None = None,
-        comm: Any = None,
-        exchange: str = "auto",
         max_rank: int | None = None,
+        lr_rest: float | None = None,
         lr_cap: str | None = None,
         nonfinite: str = "drop",
         precision: str | None = None,
         safeguards: Safeguards | None = _SAFEGUARDS,
+        local_steps: int,
+        local_lr: float | None = None,
+        comm: Any = None,
+        exchange: str = "auto",
         spread: float | None = None,
     ):
         self.spread = None if spread is None else checks.real(spread, "spread")
         checks.choice(exchange, "exchange", EXCHANGES)
-        self.local_steps = _checked_local_steps(local_steps, self.spread)
+        self.local_steps = _check_local_steps(local_steps, self.spread)
         self._options = Options.check(cutoff, max_rank, lr_rest, lr_cap, nonfinite, precision, safeguards)
         self._slots: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # parameters, and both views
         self._theta = self._grad = self._center = torch.empty(0)
@@ -123,7 +123,7 @@ class DistNewton(torch.optim.Optimizer):
         self._rank, self._workers = (0, 1) if comm is None else (comm.rank, comm.size)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `torch.optim.Optimizer`; on all ranks."""
+        """Add a group, as in `torch.optim.Optimizer`; on all ranks."""
         super().add_param_group(param_group)
         try:
             for name in LENGTHS:
@@ -139,7 +139,7 @@ class DistNewton(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Local SGD or, at every call number local_steps, the step of all ranks; returns what the closure returns."""
+        """Descend locally or, at every call number local_steps, with all ranks; return what the closure returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -157,18 +157,17 @@ class DistNewton(torch.optim.Optimizer):
         return loss
 
     def _descend(self, name: str) -> None:
-        """SGD with the group's step length of that name, or its lr."""
+        """Take a step of SGD with the group's step length of that name, or its lr."""
         sizes = self._sizes()
-        for group, theta, grad in zip(
-            self.param_groups, self._theta.split(sizes), self._grad.split(sizes), strict=True
-        ):
+        parts = zip(self.param_groups, self._theta.split(sizes), self._grad.split(sizes), strict=True)
+        for group, theta, grad in parts:
             theta.add_(grad, alpha=-checks.real(group["lr"] if group[name] is None else group[name], name))
 
     def _combine(self) -> None:
         if self.newton is None:
             self._collect()
-            finite = all(each.isfinite().all() for each in (self._theta, self._grad))
-            if not finite and self._options.nonfinite != "propagate":
+            finite = all(vector.isfinite().all() for vector in (self._theta, self._grad))
+            if not (finite or self._options.propagates):
                 raise NonFiniteError.of([0])
             self._descend("lr_rest")
             return
@@ -214,7 +213,7 @@ class DistNewton(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def combined(self) -> Iterator[None]:
-        """Within, the parameters are those of the last combine, without the `spread` and local steps since."""
+        """Take back the `spread` and local steps since the last combine, within the block."""
         if not self.spread:
             raise ValueError("combined() needs an optimizer with spread=, which keeps the result of the last combine")
         self._attach()
@@ -243,7 +242,7 @@ class DistNewton(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _sizes(self) -> list[int]:
-        """Coordinates of each group."""
+        """Count the coordinates of each group."""
         return [sum(p.numel() for p in group["params"]) for group in self.param_groups]
 
     def _collect(self) -> None:
@@ -254,12 +253,10 @@ class DistNewton(torch.optim.Optimizer):
                 continue
             if p.grad is None:
                 grad.zero_()
-            elif p.grad.layout is not torch.strided:
-                raise TypeError(
-                    f"gradients must be dense; got {p.grad.layout} for a parameter of shape {tuple(p.shape)}"
-                )
-            else:
+            elif p.grad.layout is torch.strided:
                 grad.copy_(p.grad)
+            else:
+                raise TypeError(f"gradients must be dense; got {p.grad.layout} for a parameter of {tuple(p.shape)}")
             if p.requires_grad:
                 p.grad = grad
 
@@ -284,13 +281,13 @@ class DistNewton(torch.optim.Optimizer):
     # -- checkpoints ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """As in `torch.optim.Optimizer`, for this rank; with the parameters, all that the next steps depend on."""
+        """Return this rank's state: with the parameters, all that the next steps depend on."""
         self._attach()
         center = self._center if self.spread else None
         return super().state_dict() | {_KEY: {"count": self._count, "seed": self._seed, "center": center}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in `torch.optim.Optimizer`; on each rank its own."""
+        """Load a state, on each rank its own."""
         if (checkpoint := state_dict.get(_KEY)) is None:
             raise ValueError(f"state_dict must be that of a DistNewton; got the entries {sorted(state_dict)}")
         super().load_state_dict(state_dict)
@@ -303,11 +300,11 @@ class DistNewton(torch.optim.Optimizer):
         raise TypeError("a DistNewton cannot be pickled or copied, since its communicator cannot; use state_dict()")
 
 
-def _checked_local_steps(given: Any, spread: float | None) -> int:
-    steps = checks.count(given, "local_steps") or 0
+def _check_local_steps(local_steps: Any, spread: float | None) -> int:
+    steps = checks.count(local_steps, "local_steps") or 0
     if steps < (1 if spread else 2):
         raise ValueError(
-            f"local_steps must be at least 2, or 1 with a positive spread; got {given!r} and spread={spread!r}: "
+            f"local_steps must be at least 2, or 1 with a positive spread; got {local_steps!r} and spread={spread!r}: "
             "workers that never move apart see no curvature"
         )
     return steps

@@ -25,10 +25,11 @@ class Exchange:
 
     Attributes
     ----------
-    block_ranges : list of (int, int)
-        The blocks of each rank, whose parts of K it forms.
     shards : list of slice
-        The coordinates in these blocks.
+        The coordinates of each rank, whose parts of K it forms: whole blocks, of which this rank's begin at the
+        `first_block` of `blocks`.
+    places : list of list of (int, int)
+        What each rank's parts are of, as the backend names it.
     like : Rows
         What the vectors of the latest step were like; without their memory.
     """
@@ -37,8 +38,10 @@ class Exchange:
 
     def __init__(self, comm: MPI.Intracomm, like: Rows, count: Callable[[str, int], None]):
         side = backend(like)
-        bounds = [side.blocks(like.n) * rank // comm.size for rank in range(comm.size + 1)]
-        self.block_ranges = list(itertools.pairwise(bounds))
+        self.blocks = side.blocks(like.n)
+        bounds = [self.blocks * rank // comm.size for rank in range(comm.size + 1)]
+        self.first_block = bounds[comm.rank]
+        self.places = [side.places(*pair, self.blocks) for pair in itertools.pairwise(bounds)]
         self.shards = [slice(*pair) for pair in itertools.pairwise(min(bound * side.BLOCK, like.n) for bound in bounds)]
         self._comm, self.like, self._count = comm, like._replace(owner=None), count
         self._own = self.shards[comm.rank]

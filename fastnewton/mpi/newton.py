@@ -28,8 +28,8 @@ from fastnewton.safeguards import Safeguards
 SHARDED_FROM = 1 << 18  # bytes of a gradient; measured: equal at 160 KiB with 4 ranks of one node, 800 KiB with 2
 
 
-class _Input(NamedTuple):
-    """What a rank hands in to one step, checked."""
+class StepInput(NamedTuple):
+    """A rank's arguments of one step, checked."""
 
     theta: Rows
     grad: Rows
@@ -70,7 +70,7 @@ class DistNewton:
 
     def __init__(
         self,
-        comm: Any,
+        comm: MPI.Intracomm,
         *,
         lr: float,
         cutoff: float = 0.1,
@@ -167,12 +167,12 @@ class DistNewton:
         """
         if self._comm == MPI.COMM_NULL:
             raise ValueError("this DistNewton is closed")
-        failure, given = Failure(), None
+        failure, inputs = Failure(), None
         with failure:
-            given = self._check(theta, grad, lr, segments, out)
-        self._exchange = self._exchange or self._agree(given, failure)
+            inputs = self._check(theta, grad, lr, segments, out)
+        self._exchange = self._exchange or self._agree(inputs, failure)
         with threads.set_thread_limit(self._threads):
-            return self._step(self._exchange, given, failure)
+            return self._step(self._exchange, inputs, failure)
 
     def agree(self, terms: Callable[[], dict[str, str]]) -> None:
         """Raise the same error on all ranks unless they have the same terms, or where these raise; collective."""
@@ -183,11 +183,9 @@ class DistNewton:
 
     # -- input ----------------------------------------------------------------------------------------------
 
-    def _check(self, theta: Any, grad: Any, lr: float | None, segments: Any, out: Any) -> _Input:
-        first, second = arrays.single(theta, "theta"), arrays.single(grad, "grad")
-        arrays.check_alike(second, "grad", first, "theta")
-        if second.n != first.n:
-            raise ValueError(f"grad must have the length {first.n} of theta; got {second.n}")
+    def _check(self, theta: Any, grad: Any, lr: float | None, segments: Any, out: Any) -> StepInput:
+        first = arrays.single(theta, "theta")
+        second = arrays.vector(grad, "grad", first, "theta")
         like = first if self._exchange is None else self._exchange.like
         if (first.n, first.dtype, first.device) != (like.n, like.dtype, like.device):
             raise ValueError(
@@ -195,9 +193,9 @@ class DistNewton:
                 f"{like.device}; got {first.n}, {first.dtype} and {first.device}"
             )
         lengths = self._lengths(lr, segments, first.n)
-        inputs = (second,) if out is theta else (first, second)
+        apart = (second,) if out is theta else (first, second)
         with backend(first).context(first):
-            return _Input(first, second, arrays.output(out, first, inputs), lengths)
+            return StepInput(first, second, arrays.output(out, first, apart), lengths)
 
     def _lengths(self, lr: float | None, segments: Any, n: int) -> StepLengths:
         if segments is None:
@@ -206,12 +204,12 @@ class DistNewton:
             raise TypeError("lr must be left out where segments are given, which have their own")
         return StepLengths.of_segments(segments, n)
 
-    def _agree(self, given: _Input | None, failure: Failure) -> Exchange:
+    def _agree(self, inputs: StepInput | None, failure: Failure) -> Exchange:
         """Allocate, and raise together unless n, dtype, kernels and options are the same on all ranks; collective."""
         options = {"lr": self._lr, **vars(self._options), "exchange": self._kind}
         terms, exchange = {name: repr(value) for name, value in options.items()}, None
-        if given is not None:
-            like = given.theta
+        if inputs is not None:
+            like = inputs.theta
             whole = self._kind == "allgather" or (self._kind == "auto" and like.n * like.itemsize < SHARDED_FROM)
             with failure, backend(like).context(like):
                 exchange = (AllgatherExchange if whole else ShardedExchange)(self._comm, like, self._count)
@@ -226,24 +224,23 @@ class DistNewton:
 
     # -- the step -------------------------------------------------------------------------------------------
 
-    def _step(self, exchange: Exchange, given: _Input | None, failure: Failure) -> tuple[Any, StepInfo]:
-        like, lengths = (given.theta, given.lengths) if given else (exchange.like, self._lengths(None, None, 0))
+    def _step(self, exchange: Exchange, inputs: StepInput | None, failure: Failure) -> tuple[Any, StepInfo]:
+        like, lengths = (inputs.theta, inputs.lengths) if inputs else (exchange.like, StepLengths(0.0, None))
         options = dataclasses.replace(self._options, lr_rest=lengths.lr_rest)
         with backend(like).context(like):
-            exchange.start(given and (given.theta, given.grad), like, failure)
-            workers, out = np.arange(self._comm.size), given and given.target.rows
+            exchange.start(inputs and (inputs.theta, inputs.grad), like, failure)
+            workers, out = np.arange(self._comm.size), inputs and inputs.target.rows
             source = Round(self._comm, exchange, workers, like, out, lengths, options, failure, self._count)
             info = take_step(source, options)
-            assert given is not None  # or this rank has failed, and all have raised
+            assert inputs is not None  # or this rank has failed, and all have raised
             self.counts[info.reason] += 1
-            return given.target.export(), info
+            return inputs.target.export(), info
 
 
 def _share_of_cores(comm: MPI.Intracomm) -> int:
-    """Threads for this rank, from the node's cores divided among its ranks; collective."""
-    mine = set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    """Divide the node's cores among its ranks; collective."""
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    cores = set().union(*node.allgather(mine))
-    share = max(1, min(len(mine), len(cores) // node.size))
+    cores = set().union(*node.allgather(threads.allowed_cores()))
+    share = max(1, min(threads.available_cores(), len(cores) // node.size))
     node.Free()
     return share

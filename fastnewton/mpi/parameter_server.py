@@ -1,5 +1,6 @@
 """Read and Write of a parameter server over MPI: rank 0 serves, every other rank is a worker."""
 
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,13 @@ from fastnewton.dtypes import DTYPES
 from fastnewton.method import NonFiniteError
 from fastnewton.mpi.buffers import buffers
 from fastnewton.mpi.datatypes import message
+from fastnewton.mpi.errors import Failure
 from fastnewton.server import ParameterServer
 
-_READ, _WRITE, _CLOSE = range(3)
-_REQUEST, _VECTOR, _ANSWER, _ERROR = range(4)  # tags
-_NO_VERSION = -1  # where a Read does not wait, and where an answer is an error
+_REQUEST, _VECTOR, _ANSWER = range(3)  # tags
 
 
-def serve(server: ParameterServer, comm: Any) -> None:
+def serve(server: ParameterServer, comm: MPI.Intracomm) -> None:
     """Answer the Clients on all other ranks, first come first served, until every one of them has closed.
 
     Parameters
@@ -39,75 +39,66 @@ def serve(server: ParameterServer, comm: Any) -> None:
     A Read that waits delays nobody.  Where every worker that has not closed waits for a new version, none can come:
     they all get a RuntimeError.
     """
-    problem = None
-    if not isinstance(server, ParameterServer):
-        problem = TypeError(f"server must be a ParameterServer; got {type(server).__name__}")
-    elif comm.rank != 0:
-        problem = ValueError(f"comm must have its rank 0 serve; got rank {comm.rank}")
-    elif server.workers != comm.size - 1:
-        problem = ValueError(
-            f"server must have a worker for each of the {comm.size - 1} other ranks; got {server.workers}"
-        )
-    like = None if problem else server.like
-    comm.bcast((problem, like and (like.n, like.dtype)), root=0)
-    if problem is not None:
-        raise problem
-    transport = comm.Dup()
-    _Service(server, transport).run()
-    transport.Free()
+    if comm.rank != 0:
+        raise ValueError(f"comm must have its rank 0 serve; got rank {comm.rank}")
+    failure, like = Failure(), None
+    with failure:
+        if not isinstance(server, ParameterServer):
+            raise TypeError(f"server must be a ParameterServer; got {type(server).__name__}")
+        if server.workers != comm.size - 1:
+            raise ValueError(f"server must have {comm.size - 1} workers, the other ranks; got {server.workers}")
+        like = server.like.n, server.like.dtype
+    failure.raise_together(comm)
+    comm.bcast(like, root=0)
+    private = comm.Dup()
+    _Service(server, private).run()
+    private.Free()
 
 
 class _Service:
-    """Requests one after the other."""
+    """Rank 0's side: requests one after the other."""
 
     def __init__(self, server: ParameterServer, comm: MPI.Intracomm):
-        self._server, self._comm = server, comm
-        self._dtype = server.like.dtype
-        self._arrived = arrays.allocate((2, server.like.n), DTYPES[self._dtype].word)
-        self._rows = arrays.rows_of(self._arrived, self._dtype)
+        self._server, self._comm, self._dtype = server, comm, server.like.dtype
+        self._vectors = arrays.allocate((2, server.like.n), DTYPES[self._dtype].word)  # θ and g of a Write
         self._open = set(range(1, comm.size))
         self._waiting: dict[int, int] = {}  # rank → the version that it knows
 
     def run(self) -> None:
-        """Return when every client has closed."""
-        request, status = np.empty(2, np.int64), MPI.Status()
+        """Serve until every client has closed."""
+        status = MPI.Status()
         while self._open:
-            self._comm.Recv(request, MPI.ANY_SOURCE, _REQUEST, status)
-            rank, (kind, known) = status.source, request.tolist()
-            if kind == _READ:
-                self._waiting[rank] = known
-            elif kind == _WRITE:
-                self._write(rank)
+            kind, version = self._comm.recv(None, MPI.ANY_SOURCE, _REQUEST, status)
+            rank = status.source
+            if kind == "read":
+                self._waiting[rank] = -1 if version is None else version
+            elif kind == "write":
+                self._comm.send(self._write(rank), rank, _ANSWER)
             else:
                 self._open.discard(rank)
-            for reader in [rank for rank, known in self._waiting.items() if known < self._server.version]:
-                self._hand_out(reader)
+            for reader in [rank for rank, version in self._waiting.items() if version < self._server.version]:
+                self._answer_read(reader)
             if self._open <= self._waiting.keys():
-                for reader in list(self._waiting):
-                    del self._waiting[reader]
-                    self._refuse(
-                        reader, RuntimeError("no new version can come: every other worker waits or has closed")
-                    )
+                error = RuntimeError("no new version can come: every other worker waits or has closed")
+                for reader in self._waiting:
+                    self._comm.send(error, reader, _ANSWER)
+                self._waiting.clear()
 
-    def _write(self, rank: int) -> None:
-        for vector in self._arrived:
+    def _write(self, rank: int) -> int | Exception:
+        """Receive a Write, and return the version after it or what is wrong."""
+        for vector in self._vectors:
             self._comm.Recv(message(vector, self._dtype), rank, _VECTOR)
+        theta, grad = (arrays.rows_of(vector[None], self._dtype) for vector in self._vectors)
         try:
-            version = self._server.write_rows(rank - 1, *(self._rows.only(np.array([k])) for k in range(2)))
+            return self._server.write_rows(rank - 1, theta, grad)
         except (ValueError, NonFiniteError, MemoryError) as error:
-            self._refuse(rank, error)
-        else:
-            self._comm.Send(np.array([version]), rank, _ANSWER)
+            return error
 
-    def _hand_out(self, rank: int) -> None:
+    def _answer_read(self, rank: int) -> None:
         del self._waiting[rank]
-        words, version = self._server.latest_bits()
-        self._comm.Send(np.array([version]), rank, _ANSWER)
-        self._comm.Send(message(words.view(self._arrived.dtype), self._dtype), rank, _VECTOR)
-
-    def _refuse(self, rank: int, error: Exception) -> None:
-        self._comm.Send(np.array([_NO_VERSION]), rank, _ANSWER)
-        self._comm.send(error, rank, _ERROR)
+        raw_bits, version = self._server.latest_bits()
+        self._comm.send(version, rank, _ANSWER)
+        self._comm.Send(message(raw_bits, self._dtype), rank, _VECTOR)
 
 
 class Client:
@@ -129,15 +120,13 @@ class Client:
     without that leaves the server waiting, unless the program runs as `python -m mpi4py`, which then ends the job.
     """
 
-    def __init__(self, comm: Any):
+    def __init__(self, comm: MPI.Intracomm):
         if not isinstance(comm, MPI.Intracomm):
             raise TypeError(f"comm must be an intracommunicator of mpi4py; got {type(comm).__name__}")
         if comm.size < 2 or comm.rank == 0:
             raise ValueError(f"comm must have a rank 0 that serves, and others; got rank {comm.rank} of {comm.size}")
-        problem, agreed = comm.bcast(None, root=0)
-        if problem is not None:
-            raise problem
-        n, dtype = agreed
+        Failure().raise_together(comm)
+        n, dtype = comm.bcast(None, root=0)
         self._like = Rows(np.zeros(1, np.int64), n, dtype, "numpy", None)
         self._comm = comm.Dup()
         self.worker = comm.rank - 1
@@ -145,17 +134,17 @@ class Client:
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
         """Tell the server that this worker is done."""
         if self._comm != MPI.COMM_NULL:
-            self._ask(_CLOSE)
+            self._ask("close")
             self._comm.Free()
 
     def read(self, after: int | None = None, *, out: Any = None) -> tuple[Any, int]:
-        """The latest parameters and their version.
+        """Return the latest parameters and their version.
 
         Parameters
         ----------
@@ -178,23 +167,21 @@ class Client:
             No newer version can come.
         """
         self._check_open()
-        known = checks.count(after, "after")
-        like = self._like
+        known, like = checks.count(after, "after"), self._like
         if out is not None:
-            given = arrays.single(out, "out")
-            like = like._replace(library=given.library, device=given.device, stream=given.stream)
+            row = arrays.single(out, "out")
+            like = like._replace(library=row.library, device=row.device, stream=row.stream)
         with backend(like).context(like):
-            target = arrays.output(out, like, ())
-            own = buffers(like)
-            words = own.open_result(target.rows)
-            self._ask(_READ, _NO_VERSION if known is None else known)
+            target, memory = arrays.output(out, like, ()), buffers(like)
+            result = memory.open_result(target.rows)
+            self._ask("read", known)
             version = self._answer()
-            self._comm.Recv(message(words, self._like.dtype), 0, _VECTOR)
-            own.deliver(words, target.rows)
+            self._comm.Recv(message(result, like.dtype), 0, _VECTOR)
+            memory.deliver(result, target.rows)
         return target.export(), version
 
     def write(self, theta: Any, grad: Any) -> int:
-        """Hand in this worker's parameters and gradient, and wait for nothing but the server's word.
+        """Write this worker's parameters and gradient; blocks only until the server acknowledges.
 
         Parameters
         ----------
@@ -214,30 +201,30 @@ class Client:
             As from `ParameterServer.write`.
         """
         self._check_open()
-        given = [arrays.single(theta, "theta"), arrays.single(grad, "grad")]
-        for name, one in zip(("theta", "grad"), given, strict=True):
-            if (one.n, one.dtype) != (self._like.n, self._like.dtype):
+        rows = {"theta": arrays.single(theta, "theta"), "grad": arrays.single(grad, "grad")}
+        n, dtype = self._like.n, self._like.dtype
+        for name, row in rows.items():
+            if (row.n, row.dtype) != (n, dtype):
                 raise ValueError(
-                    f"{name} must have the length and dtype of the server's parameters, {self._like.n} and "
-                    f"{self._like.dtype}; got {one.n} and {one.dtype}"
+                    f"{name} must have the length and dtype of the server's parameters, {n} and {dtype}; "
+                    f"got {row.n} and {row.dtype}"
                 )
-        with backend(given[0]).context(*given):
-            words = [buffers(one).prepare_send(one, [slice(0, one.n)]) for one in given]
-            self._ask(_WRITE)
-            for vector in words:
-                self._comm.Send(message(vector(0), self._like.dtype), 0, _VECTOR)
+        with backend(rows["theta"]).context(*rows.values()):
+            pieces = [buffers(row).prepare_send(row, [slice(0, n)]) for row in rows.values()]
+            self._ask("write")
+            for piece in pieces:
+                self._comm.Send(message(piece(0), dtype), 0, _VECTOR)
         return self._answer()
 
     def _check_open(self) -> None:
         if self._comm == MPI.COMM_NULL:
             raise ValueError("this Client is closed")
 
-    def _ask(self, kind: int, known: int = 0) -> None:
-        self._comm.Send(np.array([kind, known]), 0, _REQUEST)
+    def _ask(self, kind: str, version: int | None = None) -> None:
+        self._comm.send((kind, version), 0, _REQUEST)
 
     def _answer(self) -> int:
-        version = np.empty(1, np.int64)
-        self._comm.Recv(version, 0, _ANSWER)
-        if version[0] == _NO_VERSION:
-            raise self._comm.recv(source=0, tag=_ERROR)
-        return int(version[0])
+        answer = self._comm.recv(source=0, tag=_ANSWER)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer

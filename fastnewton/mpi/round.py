@@ -46,36 +46,36 @@ class Round:
     def gram(self, products: str) -> Gram | None:
         """Gather K's parts and add them up on rank 0; None elsewhere, and where a rank has failed."""
         side, comm, exchange, failure = backend(self.like), self.comm, self.exchange, self.failure
-        blocks = side.blocks(self.n)
-        places = [side.places(first, last, blocks) for first, last in exchange.block_ranges]
         size = side.part_size(self.m, self.options)
-        message = np.zeros(1 + len(places[comm.rank]) * size)
+        sizes = [1 + len(places) * size for places in exchange.places]
+        message = np.zeros(sizes[comm.rank])
         if not failure:
             with failure:
                 thetas = exchange.shard_of("thetas", self.workers) if self.options.reads_thetas else None
                 grads = exchange.shard_of("grads", self.workers)
-                first, _ = exchange.block_ranges[comm.rank]
-                message[1:] = side.parts(grads, thetas, self.options, products, first, blocks).ravel()
+                run = exchange.first_block, exchange.blocks
+                message[1:] = side.parts(grads, thetas, self.options, products, *run).ravel()
         message[0] = _NO_PARTS if failure else self.lengths.digest
         exchange.wait()
-        sizes = [1 + len(own) * size for own in places]
         messages = np.empty(sum(sizes)) if comm.rank == 0 else None
-        comm.Gatherv(message, [messages, sizes] if comm.rank == 0 else None, root=0)
+        comm.Gatherv(message, None if messages is None else [messages, sizes], root=0)
         self.count("Gatherv", message.nbytes * (comm.rank != 0))
-        if messages is None:
-            return None
-        parts = np.split(messages, np.cumsum(sizes)[:-1])
-        digests = [part[0] for part in parts]
+        if messages is not None:
+            with failure:
+                return self._add_up(np.split(messages, np.cumsum(sizes)[:-1]), size)
+        return None
+
+    def _add_up(self, messages: list[np.ndarray], size: int) -> Gram | None:
+        """Add up the parts of all ranks; None where one has failed."""
+        digests = [message[0] for message in messages]
         if _NO_PARTS in digests:
             return None
-        with failure:
-            for rank, digest in enumerate(digests):
-                if digest != digests[0]:
-                    raise ValueError(f"segments must be those of all ranks; got others on rank {rank}")
-            ranges = np.array([*itertools.chain(*places)], np.int64).reshape(-1, 2)
-            values = np.concatenate([part[1:] for part in parts]).reshape(-1, size)
-            return side.total(ranges, values, self.m, self.dtype, self.options)
-        return None
+        for rank, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise ValueError(f"segments must be those of all ranks; got others on rank {rank}")
+        places = np.array([*itertools.chain(*self.exchange.places)], np.int64).reshape(-1, 2)
+        parts = np.concatenate([message[1:] for message in messages]).reshape(-1, size)
+        return backend(self.like).total(places, parts, self.m, self.dtype, self.options)
 
     def decide(self, gram: Gram | None) -> StepInfo:
         """Decide on rank 0 and broadcast that, or raise together."""

@@ -35,11 +35,14 @@ _POLLS = 1 << 20  # before a worker sleeps, some 0.3 ms; as often a caller polls
 _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("fastnewton_thread_limit", default=None)
 
 
+def allowed_cores() -> set[int]:
+    """Return the cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def available_cores() -> int:
     """Count the cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(allowed_cores())
 
 
 def chosen_threads() -> int | None:
