@@ -5,9 +5,9 @@ import importlib
 import os
 
 from fastnewton.config import show_config
-from fastnewton.environment import is_one_of_several
+from fastnewton.environment import foreign_launcher
 
-if is_one_of_several(os.environ):
+if foreign_launcher(os.environ, None):
     with contextlib.suppress(ImportError):
         importlib.import_module("mpi4py.MPI")
 show_config()

@@ -1,10 +1,8 @@
-"""Checks of numbers and choices that a caller hands over; errors name the argument."""
+"""Check the numbers and words that a caller passes; errors name the argument."""
 
 import math
 import numbers
 from typing import Any, TypeVar
-
-import numpy as np
 
 Choice = TypeVar("Choice", bound=str | None)
 
@@ -13,7 +11,7 @@ def number(value: Any, name: str) -> float:
     """Convert a real number to a Python float."""
     if type(value) is float:
         return value
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number; got {type(value).__name__}")
     try:
         return float(value)
@@ -41,7 +39,7 @@ def count(value: Any, name: str) -> int | None:
     """Convert an integer ≥ 0 to a Python int; None stays None."""
     if value is None:
         return None
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer or None; got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{name} must be at least 0; got {value}")
@@ -49,14 +47,8 @@ def count(value: Any, name: str) -> int | None:
 
 
 def choice(value: Any, name: str, allowed: tuple[Choice, ...]) -> Choice:
-    """Return a value that is one of those allowed."""
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} must be {_listed(allowed)}; got {type(value).__name__}")
-    if value not in allowed:
-        kind = TypeError if value is None else ValueError
-        raise kind(f"{name} must be {_listed(allowed)}; got {value!r}")
-    return allowed[allowed.index(value)]
-
-
-def _listed(allowed: tuple[str | None, ...]) -> str:
-    return ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
+    """Return the one of the allowed words, or None where that is allowed, which the value equals."""
+    if (value is None or isinstance(value, str)) and value in allowed:
+        return allowed[allowed.index(value)]
+    error, got = (ValueError, repr(value)) if isinstance(value, str) else (TypeError, type(value).__name__)
+    raise error(f"{name} must be {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}; got {got}")

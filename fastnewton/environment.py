@@ -1,4 +1,4 @@
-"""What the environment says of MPI: whether a launcher started several processes, and how device memory travels."""
+"""Read from the environment how many processes a launcher started, and how device memory reaches MPI."""
 
 from collections.abc import Mapping
 
@@ -7,28 +7,23 @@ GPU_MPI = "FASTNEWTON_GPU_MPI"
 
 
 def device_memory_to_mpi(environment: Mapping[str, str]) -> tuple[bool, str] | None:
-    """Whether device memory goes to MPI directly, and why; None if the environment leaves that to the library."""
-    chosen = environment.get(GPU_MPI, "")
-    if chosen not in ("", "0", "1"):
-        raise ValueError(f"{GPU_MPI} must be 0 or 1; got {chosen!r}")
-    return (chosen == "1", f"{GPU_MPI}={chosen}") if chosen else None
-
-
-def is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher started several processes, as far as it tells."""
-    return foreign_launcher(environment, None) is not None
+    """Return whether device memory goes to MPI directly, and why; None leaves that to the MPI library."""
+    setting = environment.get(GPU_MPI, "")
+    if setting not in ("", "0", "1"):
+        raise ValueError(f"{GPU_MPI} must be 0 or 1; got {setting!r}")
+    return (setting == "1", f"{GPU_MPI}={setting}") if setting else None
 
 
 def foreign_launcher(environment: Mapping[str, str], size: int | None) -> str | None:
-    """What to tell a user whose launcher started several processes of which MPI sees one; None if all is well."""
-    if size not in (None, 1):
-        return None
-    for name in _SIZE_VARIABLES:
-        text = environment.get(name, "")
-        if text.isdigit() and int(text) > 1:
-            started = f"{name}={text} says that {text} processes were started"
+    """Return a warning if a launcher started several processes but `size`, the communicator's, is 1.
+
+    A size of None says that MPI is not initialised: the warning then is conditional.
+    """
+    for name in _SIZE_VARIABLES if size in (None, 1) else ():
+        count = environment.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            unknown = "; MPI is not initialised in this one. Should its communicators have 1 rank"
+            seen = unknown if size is None else ", but the communicator has 1"
             remedy = "use the mpiexec of the MPI library that mpi4py was built for"
-            if size is None:
-                return f"{started}; MPI is not initialised in this one. Should its communicators have 1 rank: {remedy}"
-            return f"{started}, but the communicator has 1: {remedy}"
+            return f"{name}={count} says that {count} processes were started{seen}: {remedy}"
     return None

@@ -1,10 +1,9 @@
-"""The caller's arrays as rows in memory, and back: recognised, checked and never copied.
+"""Take the caller's arrays as rows in memory, checked and never copied, and allocate results of the caller's kind.
 
 NumPy, PyTorch, JAX and CuPy arrays are recognised without importing a library that the caller did not; anything else is
 taken through `__dlpack__`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,31 +11,13 @@ import numpy as np
 
 from fastnewton import checks
 from fastnewton.arrays import cpu, cuda, libraries
-from fastnewton.arrays.cpu import allocate, nonfinite_workers, view_plain
-from fastnewton.arrays.layout import CPU, Device, Layout, Output, Rows, row_addresses
+from fastnewton.arrays.cpu import allocate as allocate
+from fastnewton.arrays.cpu import nonfinite_workers as nonfinite_workers
+from fastnewton.arrays.cpu import view_plain as view_plain
+from fastnewton.arrays.layout import CPU, Layout, Output, Rows, row_addresses
+from fastnewton.arrays.layout import Device as Device
 from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu.memory import overlap
-
-__all__ = [
-    "CPU",
-    "MAX_WORKERS",
-    "Device",
-    "Output",
-    "Rows",
-    "allocate",
-    "check_alike",
-    "check_gram",
-    "check_pair",
-    "coefficients",
-    "nonfinite_workers",
-    "output",
-    "pair",
-    "rows",
-    "rows_of",
-    "single",
-    "vector",
-    "view_plain",
-]
 
 MAX_WORKERS = 1024
 
@@ -48,36 +29,19 @@ def rows(value: Any, name: str) -> Rows:
     """Take the workers' vectors: an (m, n) array or a sequence of m arrays of length n."""
     if isinstance(value, (list, tuple)):
         return _rows_of_sequence(value, name)
-    layout = _describe(value, name)
-    if len(layout.shape) != 2:
-        raise ValueError(
-            f"{name} must be an (m, n) array, a row for each worker, or a sequence of m arrays of length n; "
-            f"got an array of shape {layout.shape}"
-        )
-    m, n = layout.shape
-    _check_workers(m, name)
-    _check_strides(layout, name)
-    table = row_addresses(layout.address, layout.strides[0], m)
-    return Rows(table, n, layout.dtype, layout.library, layout.owner, layout.device, layout.stream)
+    kinds = "an (m, n) array, a row for each worker, or a sequence of m arrays of length n"
+    return _rows_of_array(value, name, 2, kinds)
 
 
 def single(value: Any, name: str) -> Rows:
     """Take one vector on its own."""
-    layout = _describe(value, name)
-    if len(layout.shape) != 1:
-        raise ValueError(f"{name} must be a one-dimensional array; got an array of shape {layout.shape}")
-    _check_strides(layout, name)
-    table = row_addresses(layout.address, 0, 1)
-    owner = layout.owner[None] if layout.device.kind == "cpu" else layout.owner
-    return Rows(table, layout.shape[0], layout.dtype, layout.library, owner, layout.device, layout.stream)
+    return _rows_of_array(value, name, 1, "a one-dimensional array")
 
 
 def vector(value: Any, name: str, like: Rows, what: str) -> Rows:
     """Take one vector that goes with the rows `like`, called `what` in messages."""
     one = single(value, name)
     check_alike(one, name, like, what)
-    if one.n != like.n:
-        raise ValueError(f"{name} must have the shape ({like.n},) of a row of {what}; got ({one.n},)")
     return one
 
 
@@ -94,16 +58,23 @@ def rows_of(stack: np.ndarray, dtype: str) -> Rows:
     return Rows(table, stack.shape[1], dtype, "numpy", stack)
 
 
+def _rows_of_array(value: Any, name: str, ndim: int, kinds: str) -> Rows:
+    layout = _describe(value, name)
+    if len(layout.shape) != ndim:
+        raise ValueError(f"{name} must be {kinds}; got an array of shape {layout.shape}")
+    m, stride, owner = (layout.shape[0], layout.strides[0], layout.owner) if ndim == 2 else (1, 0, (layout.owner,))
+    _check_workers(m, name)
+    _check_strides(layout, name)
+    table = row_addresses(layout.address, stride, m)
+    return Rows(table, layout.shape[-1], layout.dtype, layout.library, owner, layout.device, layout.stream)
+
+
 def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:
     _check_workers(len(value), name)
-    vectors = [single(item, f"{name}[{k}]") for k, item in enumerate(value)]
-    first = vectors[0]
-    for k, one in enumerate(vectors[1:], 1):
-        check_alike(one, f"{name}[{k}]", first, f"{name}[0]")
-        if one.n != first.n:
-            raise ValueError(f"{name}[{k}] must have the length {first.n} of {name}[0]; got {one.n}")
-    owners = tuple(one.owner[0] if one.device.kind == "cpu" else one.owner for one in vectors)
-    return first._replace(table=np.concatenate([one.table for one in vectors]), owner=owners)
+    first = single(value[0], f"{name}[0]")
+    vectors = [first, *(vector(value[k], f"{name}[{k}]", first, f"{name}[0]") for k in range(1, len(value)))]
+    table = np.concatenate([one.table for one in vectors])
+    return first._replace(table=table, owner=[one.owner[0] for one in vectors])
 
 
 def _describe(value: Any, name: str) -> Layout:
@@ -118,18 +89,20 @@ def _describe(value: Any, name: str) -> Layout:
 def check_pair(thetas: Rows, grads: Rows) -> None:
     """Raise unless grads go with thetas."""
     check_alike(grads, "grads", thetas, "thetas")
-    if (thetas.m, thetas.n) != (grads.m, grads.n):
-        raise ValueError(f"grads must have the shape of thetas, ({thetas.m}, {thetas.n}); got ({grads.m}, {grads.n})")
+    if grads.m != thetas.m:
+        raise ValueError(f"grads must have the shape of thetas, with {thetas.m} rows; got {grads.m}")
 
 
 def check_alike(one: Rows, name: str, like: Rows, what: str) -> None:
-    """Raise unless `one` is of the library, device and dtype of `like`, called `what` in messages."""
+    """Raise unless `one` is of the library, device, dtype and length of `like`, called `what` in messages."""
     if one.library != like.library:
         raise TypeError(f"{name} must be of the same library as {what}, {like.library}; got {one.library}")
     if one.device != like.device:
         raise TypeError(f"{name} must be on the device of {what}, {like.device}; got {one.device}")
     if one.dtype != like.dtype:
         raise TypeError(f"{name} must have the dtype of {what}, {like.dtype}; got {one.dtype}")
+    if one.n != like.n:
+        raise ValueError(f"{name} must have the length n = {like.n} of {what}; got {one.n}")
 
 
 def _check_workers(m: int, name: str) -> None:
@@ -141,23 +114,19 @@ def _check_strides(layout: Layout, name: str) -> None:
     n, itemsize, strides = layout.shape[-1], DTYPES[layout.dtype].itemsize, layout.strides
     if strides == (n * itemsize, itemsize)[-len(strides) :] and layout.address % itemsize == 0:
         return
-    several = len(strides) == 2 and layout.shape[0] > 1
-    module = "cupy" if layout.library == "cupy" else "numpy"
-    is_torch = layout.library == "torch"
-    contiguous = f"{name}.contiguous()" if is_torch else f"{module}.ascontiguousarray({name})"
+    row_stride = strides[0] if len(strides) == 2 and layout.shape[0] > 1 else n * itemsize
+    remedies = {"torch": f"{name}.contiguous()", "cupy": f"cupy.ascontiguousarray({name})"}
+    remedy = "a contiguous copy, such as " + remedies.get(layout.library, f"numpy.ascontiguousarray({name})")
     if n > 1 and strides[-1] != itemsize:
-        raise ValueError(
-            f"{name} must have unit stride along n; got a stride of {strides[-1]} bytes for items of {itemsize}. "
-            f"Make a contiguous copy, such as {contiguous}"
-        )
-    if several and strides[0] < n * itemsize:
-        raise ValueError(
-            f"{name} must have rows at least n = {n} items apart; got a row stride of {strides[0]} bytes. "
-            f"Make a contiguous copy, such as {contiguous}"
-        )
-    if layout.address % itemsize or (several and strides[0] % itemsize):
-        copy = f"{name}.clone()" if is_torch else f"{name}.copy()"
-        raise ValueError(f"{name} must be aligned to its items of {itemsize} bytes; make a copy, such as {copy}")
+        fault = f"have unit stride along n; got a stride of {strides[-1]} bytes for items of {itemsize}"
+    elif row_stride < n * itemsize:
+        fault = f"have rows at least n = {n} items apart; got a row stride of {row_stride} bytes"
+    elif layout.address % itemsize or row_stride % itemsize:
+        fault = f"be aligned to its items of {itemsize} bytes"
+        remedy = f"a copy, such as {name}.{'clone' if layout.library == 'torch' else 'copy'}()"
+    else:
+        return
+    raise ValueError(f"{name} must {fault}. Make {remedy}")
 
 
 # -- result out ---------------------------------------------------------------------------------------------
@@ -170,7 +139,7 @@ def output(out: Any, like: Rows, inputs: Sequence[Rows]) -> Output:
     if libraries.identify(out) == "jax":
         raise TypeError("out must be writable; JAX arrays are immutable, leave out=None")
     target = vector(out, "out", like, "thetas")
-    if isinstance(target.owner, np.ndarray) and not target.owner.flags.writeable:
+    if target.device == CPU and not target.owner[0].flags.writeable:
         raise ValueError("out must be writable; got a read-only array")
     begin, nbytes = int(target.table[0]), target.nbytes
     for one in inputs:
@@ -200,9 +169,13 @@ def check_gram(gram: Any) -> Rows:
     m = where.shape[0] if len(where.shape) == 1 else 0
     _check_workers(m, "gram.projection")
     of_thetas = [name for name in ("theta_matrix", "cross_matrix") if getattr(gram, name) is not None]
-    shapes = {"projection": (m,), "matrix": (m, m)} | dict.fromkeys(of_thetas, (m, m))
-    if where.device != CPU:
-        shapes |= {"norm2": (), "floor": ()} | ({"theta_floor": ()} if of_thetas else {})
+    shapes: dict[str, tuple[int, ...]] = {"projection": (m,), "matrix": (m, m)}
+    shapes |= dict.fromkeys(of_thetas, (m, m))
+    for name in ("norm2", "floor", "theta_floor"):
+        if where.device == CPU:
+            checks.number(getattr(gram, name), f"gram.{name}")
+        elif name != "theta_floor" or of_thetas:
+            shapes[name] = ()
     for name, shape in shapes.items():
         layout = _describe(getattr(gram, name), f"gram.{name}")
         if layout.library not in ("numpy", "cupy") or (layout.dtype, layout.device) != ("float64", where.device):
@@ -210,11 +183,6 @@ def check_gram(gram: Any) -> Rows:
                 f"gram.{name} must be a float64 array of NumPy or CuPy, where gram.projection is, {where.device}; "
                 f"got {layout.dtype} of {layout.library} on {layout.device}"
             )
-        steps = (8 * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        strides = zip(layout.shape, layout.strides, steps, strict=False)
-        if layout.shape != shape or any(size != 1 and step != wanted for size, step, wanted in strides):
+        if layout.shape != shape or not layout.owner.flags.c_contiguous:
             raise ValueError(f"gram.{name} must be contiguous and have the shape {shape}; got {layout.shape}")
-    if where.device == CPU:
-        for name in ("norm2", "floor", "theta_floor"):
-            checks.number(getattr(gram, name), f"gram.{name}")
     return Rows(np.full(m, where.address), 0, "float64", where.library, gram, where.device, where.stream)

@@ -1,4 +1,4 @@
-"""Arrays in CPU memory, of NumPy, PyTorch, JAX or anything with `__dlpack__`, in and out without a copy."""
+"""Take arrays in CPU memory, of NumPy, PyTorch, JAX or any other library with DLPack, and allocate results."""
 
 import math
 import sys
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from fastnewton.arrays.layout import Device, Layout, Output, Rows, row_addresses
+from fastnewton.arrays.libraries import check_dtype
 from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu.memory import address_of
 
-ALIGNMENT = 64  # JAX adopts memory without a copy only from this alignment on
-_SCANNED = 1 << 18  # values that are searched for NaN at once, to bound the memory that this takes
+_ALIGNMENT = 64  # JAX adopts memory without a copy only from this alignment on
+_CHUNK = 1 << 18  # values that are searched for NaN at once, to bound the temporary arrays
 
 
 # -- in -----------------------------------------------------------------------------------------------------
@@ -22,8 +23,7 @@ _SCANNED = 1 << 18  # values that are searched for NaN at once, to bound the mem
 @cache  # asking NumPy for the name takes longer than all the checks
 def recognise(dtype: np.dtype, ndim: int) -> tuple[str | None, Callable[[np.ndarray], int]]:
     """Name a dtype of vectors, None for others, and make the function that returns the address of such an array."""
-    known = dtype.isnative and dtype.name in DTYPES
-    return dtype.name if known else None, address_of(dtype, ndim)
+    return dtype.name if dtype.isnative and dtype.name in DTYPES else None, address_of(dtype, ndim)
 
 
 def describe(value: Any, name: str, library: str, device: Device) -> Layout:
@@ -35,26 +35,22 @@ def describe(value: Any, name: str, library: str, device: Device) -> Layout:
     if dtype is None:
         swapped = array.dtype.name in DTYPES
         hint = f". Convert it with {name}.astype('={array.dtype.str[1:]}')" if swapped else ""
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {array.dtype}{hint}")
+        dtype = check_dtype(array.dtype, name, hint)
     return Layout(address_of(array), array.shape, array.strides, dtype, library, array, device)
 
 
 def _view_subclass(array: np.ndarray, name: str) -> np.ndarray:
-    if isinstance(array, np.ma.MaskedArray) and recognise(array.dtype, array.ndim)[0]:
+    if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array; hand over {name}.data or {name}.filled(…)")
     return np.asarray(array)
 
 
 def _view_torch(tensor: Any, name: str) -> np.ndarray:
+    torch = sys.modules["torch"]
     try:
-        return _numpy_of(tensor)
+        return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
     except (RuntimeError, TypeError) as error:
         raise TypeError(f"{name} has no memory that can be read: {error}") from error
-
-
-def _numpy_of(tensor: Any) -> np.ndarray:
-    torch = sys.modules["torch"]
-    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
 def _view_exporter(value: Any, name: str) -> np.ndarray:
@@ -77,8 +73,8 @@ def allocate(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
     """Allocate an uninitialised C-contiguous array that starts on a cache line."""
     dtype = np.dtype(dtype)
     count = shape if isinstance(shape, int) else math.prod(shape)
-    buffer = np.empty(count * dtype.itemsize // 8 + ALIGNMENT // 8 + 1)
-    return np.ndarray(shape, dtype, buffer, -_address(buffer) % ALIGNMENT)
+    buffer = np.empty(count * dtype.itemsize // 8 + _ALIGNMENT // 8 + 1)
+    return np.ndarray(shape, dtype, buffer, -_address(buffer) % _ALIGNMENT)
 
 
 def _address(array: np.ndarray) -> int:
@@ -93,10 +89,10 @@ def new_output(like: Rows) -> Output:
     """Allocate a vector like a row of `like`."""
     if like.library == "torch":
         result = _allocate_tensor(like.n, getattr(sys.modules["torch"], like.dtype))
-        array = _numpy_of(result)
+        array = _view_torch(result, "out")
     else:
         result = array = allocate(like.n, DTYPES[like.dtype].numpy())
-    target = like._replace(table=row_addresses(_address(array), 0, 1), owner=array[None])
+    target = like._replace(table=row_addresses(_address(array), 0, 1), owner=(array,))
     return Output(target, partial(_to_jax, array, like.device.index) if like.library == "jax" else lambda: result)
 
 
@@ -109,21 +105,25 @@ def _to_jax(array: np.ndarray, index: int) -> Any:
 # -- short steps --------------------------------------------------------------------------------------------
 
 
-def view_plain(
-    thetas: Any, grads: Any, out: Any, most: int
-) -> tuple[str, np.ndarray, np.ndarray, np.ndarray, Any] | None:
+def view_plain(thetas: Any, grads: Any, out: Any, most: int) -> tuple[str, Any, Any, Any, Any] | None:
     """View NumPy arrays or tensors of float32 or float64, of at most so many workers, whose shapes go together.
 
     Returns the dtype, views of thetas, grads and the result, and the result, or None for anything else.  Strides are
     left to the kernel.
     """
-    kind = type(grads)
+    kind, torch = type(grads), sys.modules.get("torch")
     if not (type(thetas) is kind and (out is None or type(out) is kind)):
         return None
-    views = (thetas, grads, out) if kind is np.ndarray else _view_tensors(thetas, grads, out)
-    if views is None:
-        return None
-    first, second, target = views
+    first, second, target = thetas, grads, out
+    if kind is not np.ndarray:
+        if torch is None or kind is not torch.Tensor or not grads.is_cpu:
+            return None
+        if torch.autograd.forward_ad._current_level >= 0:
+            return None
+        try:
+            first, second, target = thetas.numpy(), grads.numpy(), None if out is None else out.numpy()
+        except (RuntimeError, TypeError):  # it requires grad, is bfloat16, or the like
+            return None
     shape, (dtype, _) = second.shape, recognise(second.dtype, second.ndim)
     if first.shape != shape or first.dtype != second.dtype or dtype not in ("float32", "float64"):
         return None
@@ -140,19 +140,6 @@ def view_plain(
     return dtype, first, second, target, out
 
 
-def _view_tensors(thetas: Any, grads: Any, out: Any) -> tuple[Any, Any, Any] | None:
-    """View tensors of PyTorch, if that is what they are and nothing about them needs a closer look."""
-    torch = sys.modules.get("torch")
-    if torch is None or type(grads) is not torch.Tensor or not grads.is_cpu:
-        return None
-    if torch.autograd.forward_ad._current_level >= 0:
-        return None
-    try:
-        return thetas.numpy(), grads.numpy(), None if out is None else out.numpy()
-    except (RuntimeError, TypeError):  # it requires grad, is bfloat16, or the like
-        return None
-
-
 # -- search -------------------------------------------------------------------------------------------------
 
 
@@ -162,12 +149,7 @@ def nonfinite_workers(*matrices: Rows) -> list[int]:
 
 
 def _is_finite(row: np.ndarray, dtype: str) -> bool:
-    return all(
-        np.isfinite(_floats(row[start : start + _SCANNED], dtype)).all() for start in range(0, row.size, _SCANNED)
-    )
-
-
-def _floats(row: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":  # which NumPy alone does not know
-        return (row.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return row.view(dtype)
+    chunks = (row[start : start + _CHUNK] for start in range(0, row.size, _CHUNK))
+    if dtype == "bfloat16":  # which NumPy alone does not know: the bits of its exponent must not all be set
+        return all((chunk.view(np.uint16) & 0x7F80 != 0x7F80).all() for chunk in chunks)
+    return all(np.isfinite(chunk.view(dtype)).all() for chunk in chunks)

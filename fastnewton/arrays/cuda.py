@@ -1,4 +1,4 @@
-"""Arrays on CUDA devices, of CuPy, PyTorch, JAX or anything with `__dlpack__`, in and out without a copy.
+"""Take arrays on CUDA devices, of CuPy, PyTorch, JAX or anything with `__dlpack__`, and return results, without a copy.
 
 Work is enqueued on the stream that is current in the caller's own library; what JAX and others export is made ready on
 CuPy's current stream, and a JAX result is handed back through JAX's own import, which waits for that stream.
@@ -30,12 +30,9 @@ class _Tensor(ctypes.Structure):
 
     _fields_ = (
         ("data", ctypes.c_void_p),
-        ("device_kind", ctypes.c_int32),
-        ("device", ctypes.c_int32),
+        ("device", ctypes.c_int32 * 2),  # kind and index
         ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
+        ("dtype", ctypes.c_uint8 * 4),  # type code, bits, lanes
         ("shape", ctypes.POINTER(ctypes.c_int64)),
         ("strides", ctypes.POINTER(ctypes.c_int64)),
         ("offset", ctypes.c_uint64),
@@ -66,61 +63,48 @@ def context(*inputs: Rows) -> Iterator[None]:
 
 def describe(value: Any, name: str, library: str, device: Device) -> Layout:
     """Describe an array on a CUDA device, and name the stream on which it is ready."""
+    cupy, owner = jit.cupy(), value
     if library == "torch":
-        return _describe_torch(value, device)
-    stream = jit.cupy().cuda.get_current_stream(device.index).ptr
-    if library == "cupy":
-        dtype = check_dtype(value.dtype.name, name)
-        return Layout(value.data.ptr, value.shape, value.strides, dtype, library, value, device, stream)
-    return _describe_exporter(value, name, library, device, stream)
+        stream = sys.modules["torch"].cuda.current_stream(value.device).cuda_stream
+        dtype, address, shape, strides = torch_dtype(value), value.data_ptr(), tuple(value.shape), value.stride()
+    else:
+        stream = cupy.cuda.get_current_stream(device.index).ptr
+        if library == "cupy":
+            dtype = check_dtype(value.dtype.name, name)
+            return Layout(value.data.ptr, value.shape, value.strides, dtype, library, owner, device, stream)
+        dtype, address, shape, strides, owner = _read_exporter(value, name, stream)
+    strides = tuple(step * DTYPES[dtype].itemsize for step in strides)
+    return Layout(address, shape, strides, dtype, library, owner, device, stream)
 
 
-def _describe_torch(tensor: Any, device: Device) -> Layout:
-    jit.cupy()
-    dtype, stream = torch_dtype(tensor), sys.modules["torch"].cuda.current_stream(tensor.device).cuda_stream
-    strides = _in_bytes(tensor.stride(), dtype)
-    return Layout(tensor.data_ptr(), tuple(tensor.shape), strides, dtype, "torch", tensor, device, stream)
-
-
-def _describe_exporter(value: Any, name: str, library: str, device: Device, stream: int) -> Layout:
+def _read_exporter(value: Any, name: str, stream: int) -> tuple[str, int, tuple[int, ...], Any, Any]:
     try:
         capsule = value.__dlpack__(stream=stream or _LEGACY_STREAM)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} cannot be read through DLPack without a copy: {error}") from error
     tensor = _Tensor.from_address(_pointer_in(capsule, b"dltensor"))
-    dtype = check_dtype(_NAMES.get((tensor.code, tensor.bits), f"DLPack type {tensor.code}"), name)
-    shape = tuple(tensor.shape[: tensor.ndim])
-    if tensor.strides:
-        strides = tensor.strides[: tensor.ndim]
-    else:
-        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    address = (tensor.data or 0) + tensor.offset
-    return Layout(address, shape, _in_bytes(strides, dtype), dtype, library, (value, capsule), device, stream)
-
-
-def _in_bytes(strides: Any, dtype: str) -> tuple[int, ...]:
-    return tuple(step * DTYPES[dtype].itemsize for step in strides)
+    code, bits, *_ = tensor.dtype
+    dtype = check_dtype(_NAMES.get((code, bits), f"DLPack type {code}"), name)
+    shape, strides = tuple(tensor.shape[: tensor.ndim]), tensor.strides
+    strides = strides[: tensor.ndim] if strides else [math.prod(shape[k + 1 :]) for k in range(tensor.ndim)]
+    return dtype, (tensor.data or 0) + tensor.offset, shape, strides, (value, capsule)
 
 
 def coefficients(layout: Layout, like: Rows) -> Any:
     """Convert a vector to float64 where `like` is, ready on its stream."""
-    vector = layout.owner if layout.device.kind == "cpu" else _view(layout)
-    if like.device.kind == "cpu":
-        return vector.get().astype(np.float64)
-    cupy = jit.cupy()
+    cupy, vector, index = jit.cupy(), layout.owner, layout.device.index
+    stream = cupy.cuda.ExternalStream(layout.stream, index)
+    if layout.device.kind == "cuda":
+        size = layout.strides[0] * (like.m - 1) + DTYPES[layout.dtype].itemsize
+        with cupy.cuda.Device(index), stream:
+            block = cupy.cuda.UnownedMemory(layout.address, size, vector, index)
+            vector = cupy.ndarray(layout.shape, layout.dtype, cupy.cuda.MemoryPointer(block, 0), layout.strides)
+            if like.device.kind == "cpu":
+                return vector.get().astype(np.float64)
     with context(like):
         if layout.device == like.device and layout.stream != like.stream:
-            ready = cupy.cuda.ExternalStream(layout.stream, like.device.index).record()
-            cupy.cuda.get_current_stream().wait_event(ready)
+            cupy.cuda.get_current_stream().wait_event(stream.record())
         return cupy.asarray(vector, np.float64)
-
-
-def _view(layout: Layout) -> Any:
-    cupy, index, (m,) = jit.cupy(), layout.device.index, layout.shape
-    size = layout.strides[0] * (m - 1) + DTYPES[layout.dtype].itemsize
-    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(layout.stream, index):
-        block = cupy.cuda.UnownedMemory(layout.address, size, layout.owner, index)
-        return cupy.ndarray(layout.shape, layout.dtype, cupy.cuda.MemoryPointer(block, 0), layout.strides)
 
 
 # -- out ----------------------------------------------------------------------------------------------------
@@ -157,5 +141,5 @@ class _Bfloat16:
 
     def __dlpack__(self, **options: Any) -> Any:
         capsule = self._raw_bits.__dlpack__(**options)
-        _Tensor.from_address(_pointer_in(capsule, b"dltensor")).code, _ = DTYPES["bfloat16"].dlpack
+        _Tensor.from_address(_pointer_in(capsule, b"dltensor")).dtype[:2] = DTYPES["bfloat16"].dlpack
         return capsule

@@ -1,4 +1,4 @@
-"""Where vectors lie in memory: devices, the layout of one array, and the rows of m workers."""
+"""Describe where vectors lie in memory: devices, the layout of one array, and the rows of m workers."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
     n: int
     dtype: str
     library: str
-    owner: Any  # on the CPU owner[k] is a NumPy array that views row k; 16-bit values may be raw bits
+    owner: Any  # keeps the memory alive; on the CPU owner[k] is a NumPy array that views row k, perhaps as raw bits
     device: Device = CPU
     stream: int = 0
 

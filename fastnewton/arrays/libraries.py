@@ -1,4 +1,4 @@
-"""Which library an array is of, and whether its values can be read, without importing what the caller did not."""
+"""Tell which library an array is of, and whether its values can be read, without importing what the caller did not."""
 
 import sys
 from typing import Any
@@ -19,25 +19,24 @@ def identify(value: Any) -> str:
         module = sys.modules.get(library)
         if module is not None and isinstance(value, getattr(module, kind, ())):
             return library
-    kind = type(value)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def locate(value: Any, name: str, library: str) -> Device:
     """Find the device of an array; raise unless it holds plain numbers in CPU or CUDA memory."""
     if library == "numpy":
         return CPU
-    device = _LOCATE.get(library, _locate_exporter)(value, name)
+    device = {"torch": _locate_torch, "jax": _locate_jax}.get(library, _locate_exporter)(value, name)
     if device.kind not in ("cpu", "cuda"):
         raise TypeError(f"{name} must be in CPU or CUDA memory; got an array on another kind of device")
     return device
 
 
-def check_dtype(dtype: str, name: str) -> str:
-    """Return the name of a dtype, if vectors may have it."""
-    if dtype not in DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {dtype}")
-    return dtype
+def check_dtype(dtype: Any, name: str, hint: str = "") -> str:
+    """Return the name of a dtype that vectors may have; raise for any other."""
+    if str(dtype) not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {dtype}{hint}")
+    return str(dtype)
 
 
 def torch_dtype(tensor: Any) -> str:
@@ -53,23 +52,19 @@ def _locate_torch(tensor: Any, name: str) -> Device:
         raise TypeError(f"{name} must be a dense tensor; got the layout {tensor.layout}")
     if tensor.is_neg():
         raise TypeError(f"{name} is a lazy negation; hand over {name}.resolve_neg()")
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or _has_tangent(tensor):
+    forward = torch.autograd.forward_ad
+    has_tangent = forward._current_level >= 0 and forward.unpack_dual(tensor).tangent is not None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or has_tangent:
         raise TypeError(f"{name} is being differentiated or mapped; call fastnewton outside of that")
-    if torch_dtype(tensor) not in DTYPES:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}")
+    check_dtype(torch_dtype(tensor), name)
     return Device(tensor.device.type, tensor.device.index or 0)
-
-
-def _has_tangent(tensor: Any) -> bool:
-    forward = sys.modules["torch"].autograd.forward_ad
-    return forward._current_level >= 0 and forward.unpack_dual(tensor).tangent is not None
 
 
 def _locate_jax(array: Any, name: str) -> Device:
     if isinstance(array, sys.modules["jax"].core.Tracer):
         raise TypeError(f"{name} is a JAX tracer; call fastnewton outside jit, grad and vmap")
-    if not isinstance(array.dtype, np.dtype):
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64; got {array.dtype}")
+    if not isinstance(array.dtype, np.dtype):  # a key of random numbers
+        check_dtype(array.dtype, name)
     if array.is_deleted():
         raise TypeError(f"{name} is a JAX array that was deleted or donated")
     devices = array.devices()
@@ -87,6 +82,3 @@ def _locate_exporter(value: Any, name: str) -> Device:
         raise TypeError(f"{name} must be {kinds}; got {type(value).__name__}")
     kind, index = value.__dlpack_device__()
     return CPU if kind == _CPU else Device("cuda" if kind in _CUDA else "other", index)
-
-
-_LOCATE = {"torch": _locate_torch, "jax": _locate_jax}

@@ -274,7 +274,7 @@ def test_errors_name_the_argument(problem):
         "out must be of the same library": np.zeros(N, np.float32),
         "out must be on the device": device.ndarray.of(out.host, 1),
         "out must not overlap": grads[0],
-        "out must have the shape": out[:5],
+        "out must have the length": out[:5],
     }.items():
         with pytest.raises((TypeError, ValueError), match=message):
             fn.step(thetas, grads, lr=0.5, out=target)
