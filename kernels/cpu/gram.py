@@ -323,14 +323,15 @@ def _unrolled_block(v, m: Constant, with_z: Constant, _m, table, offset, strips,
         for number, members in enumerate(rounds):
             total = v.sums({pair: totals[place[pair]] for pair in members})
             for c in v.range(STRIP // v.lanes):
+                copy = centred.moved(c * (height * v.lanes))
                 if number == 0:
                     x = _centre(v, [row[c] for row in here], m)
                     for k in range(height) if len(rounds) > 1 else ():
-                        centred[c * height + k] = x[k]
+                        copy[k] = x[k]
                 else:
-                    x = {k: centred[c * height + k] for k in sorted({k for pair in members for k in pair})}
+                    x = {k: copy[k] for k in sorted({k for pair in members for k in pair})}
                 for row in here[number :: len(rounds)]:
-                    v.prefetch(row.moved(BLOCK).at(c))
+                    v.prefetch(row.at(c) + BLOCK * row.itemsize)
                 for i, j in members:
                     total[i, j] += x[i] * x[j]
             for pair in members:
@@ -452,7 +453,7 @@ def _diagonal_tile(v, m, rows, first, offset, steps, mean, last, panel, ahead, t
         centre, one_more = mean[c], last[c]
         x = [row[c] - centre for row in starts]
         for row, value in zip(centred, x, strict=True):
-            v.prefetch(row.at(c + 2), to_write=True)
+            v.prefetch(row.at(c) + 2 * VECTOR_BYTES, to_write=True)
             row[c] = value
         ahead.step(tile, c)
         x.append(one_more)

@@ -144,26 +144,26 @@ class Row:
     """A row in the caller's memory: row[c] is its c-th vector, of `storage` values in memory and of `compute` here."""
 
     def __init__(self, v: "Vectors", address: Integer):
-        self.v, self.address = v, address
+        self.v, self.address, self.itemsize = v, address, DTYPES[v.storage].itemsize
 
     def at(self, c) -> Integer:
         """Return the address of the c-th vector."""
-        return self.address + c * self.v.stride
+        return self.address + c * (self.v.lanes * self.itemsize)
 
     def moved(self, items) -> "Row":
         """Return the row from its item number `items` on."""
-        return type(self)(self.v, self.address + items * DTYPES[self.v.storage].itemsize)
+        return type(self)(self.v, self.address + items * self.itemsize)
 
     def __getitem__(self, c) -> Vector:
         v = self.v
         stored = ir.VectorType(_STORED[v.storage], v.lanes)
-        return Vector(v, v.widen(v.builder.load(v.pointer(self.at(c), stored), align=DTYPES[v.storage].itemsize)))
+        return Vector(v, v.widen(v.builder.load(v.pointer(self.at(c), stored), align=self.itemsize)))
 
     def store(self, c, value: Vector, nontemporal: bool = False) -> Vector:
         """Round a vector to `storage` and store it; return what a reader will see."""
         v = self.v
         raw = v.narrow(value.value)
-        align = v.stride if nontemporal else DTYPES[v.storage].itemsize
+        align = v.stride if nontemporal else self.itemsize
         instruction = v.builder.store(raw, v.pointer(self.at(c), raw.type), align=align)
         if nontemporal:
             instruction.set_metadata("nontemporal", v.builder.module.add_metadata([I32(1)]))
@@ -173,8 +173,9 @@ class Row:
 class Scratch(Row):
     """A row of `compute` values in aligned memory of our own."""
 
-    def at(self, c) -> Integer:
-        return self.address + c * VECTOR_BYTES
+    def __init__(self, v: "Vectors", address: Integer):
+        super().__init__(v, address)
+        self.itemsize = DTYPES[v.compute].itemsize
 
     def __getitem__(self, c) -> Vector:
         return Vector(self.v, self.v.builder.load(self.v.pointer(self.at(c), self.v.type), align=VECTOR_BYTES))
