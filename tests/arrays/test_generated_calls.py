@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from array_libraries import INSTALLED, Capsule, Library
 from generated import (
     OPTIONS,
     Given,
@@ -31,7 +32,6 @@ from hypothesis import strategies as st
 from problems import DTYPES
 from reads import reads
 from reference import eps_of
-from test_arrays import INSTALLED, Capsule, Library
 
 import fastnewton as fn
 from fastnewton.server import ParameterServer
