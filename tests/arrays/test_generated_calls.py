@@ -246,7 +246,7 @@ def refused(error, *values):
 
 
 counted, uncounted = OPTIONS["max_rank"]
-STATE = ["mode", "dtype", "version", "info", "theta", "thetas", "grads", "written"]
+STATE = ["mode", "dtype", "version", "info", "dropped", "theta", "thetas", "grads", "versions"]
 
 
 @st.composite
@@ -277,7 +277,8 @@ def servers(draw, sizes, dtypes):
 
 
 def state_of(server):
-    return {name: contents(value) or value for name, value in server.state_dict().items()}
+    state = server.state_dict()
+    return {name: contents(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
 
 
 def check_server(use):
