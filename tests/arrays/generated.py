@@ -5,10 +5,9 @@ import fractions
 from typing import Any, NamedTuple
 
 import numpy as np
+from array_libraries import INSTALLED, Capsule, Library
 from hypothesis import strategies as st
-from problems import DTYPES
-from test_arrays import INSTALLED, Capsule, Library
-from test_errors import (
+from invalid_values import (
     NEGATIVE,
     NEGATIVE_INTEGER,
     NONE,
@@ -26,6 +25,7 @@ from test_errors import (
     nested,
     read_only,
 )
+from problems import DTYPES
 
 import fastnewton as fn
 
@@ -71,7 +71,7 @@ def good(*strategies):
 
 
 def bad(error, *tables, of=None):
-    """Of what the makers in these tables of test_errors make."""
+    """Of what the functions in these tables make."""
     makers = [make for table in tables for make in table.values()]
     return st.sampled_from(makers).map(lambda make: Given(make(of), frozenset({error})))
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from array_libraries import INSTALLED, Capsule, Library
 from problems import DTYPES, workers
 from reads import reads
-from test_arrays import INSTALLED, Capsule, Library
 
 import fastnewton as fn
 from fastnewton import arrays

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from array_libraries import INSTALLED, Capsule, Library
 from generated import (
     OPTIONS,
     Given,
@@ -31,7 +32,6 @@ from hypothesis import strategies as st
 from problems import DTYPES
 from reads import reads
 from reference import eps_of
-from test_arrays import INSTALLED, Capsule, Library
 
 import fastnewton as fn
 from fastnewton.server import ParameterServer
@@ -246,7 +246,7 @@ def refused(error, *values):
 
 
 counted, uncounted = OPTIONS["max_rank"]
-STATE = ["mode", "dtype", "version", "info", "theta", "thetas", "grads", "written"]
+STATE = ["mode", "dtype", "version", "info", "dropped", "theta", "thetas", "grads", "versions"]
 
 
 @st.composite
@@ -277,7 +277,8 @@ def servers(draw, sizes, dtypes):
 
 
 def state_of(server):
-    return {name: contents(value) or value for name, value in server.state_dict().items()}
+    state = server.state_dict()
+    return {name: contents(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
 
 
 def check_server(use):
