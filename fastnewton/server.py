@@ -80,9 +80,9 @@ class ParameterServer:
         self._lr = checks.real(lr, "lr")
         self._options = Options.check(cutoff, max_rank, lr_rest, lr_cap, nonfinite, precision, safeguards)
         self._max_age = checks.count(max_staleness, "max_staleness")
-        if self._mode == "async":
-            _check_asynchronous(self._options)
-        elif max_staleness is not None:
+        if self._mode == "async" and (self._options.reads_thetas or self._options.nonfinite != "raise"):
+            raise ValueError("with mode='async' safeguards must be None, lr_cap None or 'sigma', and nonfinite 'raise'")
+        if self._mode == "sync" and max_staleness is not None:
             raise ValueError("max_staleness must be None with mode='sync', where every worker writes in every round")
         m = checks.count(workers, "workers")
         if m is None or not 1 <= m <= arrays.MAX_WORKERS:
@@ -265,18 +265,6 @@ class ParameterServer:
             record, dropped = np.array(state["info"]), tuple(np.flatnonzero(state["dropped"]).tolist())
             self._latest = _Latest(target, int(state["version"]), StepInfo(record, dropped) if record.size else None)
             self._changed.notify_all()
-
-
-def _check_asynchronous(options: Options) -> None:
-    """Raise for what the asynchronous server does not do with every Write."""
-    for name, value, allowed in (
-        ("safeguards", options.safeguards, (None,)),
-        ("lr_cap", options.lr_cap, (None, "sigma")),
-        ("nonfinite", options.nonfinite, ("raise",)),
-    ):
-        if value not in allowed:
-            words = " or ".join(map(repr, allowed))
-            raise ValueError(f"{name} must be {words} with mode='async'; got {value!r}")
 
 
 def _with_row(rows: Rows, k: int, row: Rows) -> Rows:
