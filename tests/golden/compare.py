@@ -26,16 +26,17 @@ EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64":
 def allowed_class(name):
     """The class of an entry that may change, or None."""
     field = name.rsplit("/", 1)[1]
+    m = re.search(r"\bm=(\d+)", name)
     if field in EXACT:
+        return None
+    if m and int(m[1]) > 128:
+        follows = field.removeprefix("info.") in FOLLOWS or field.startswith(("of.", "info.diagnostics"))
+        return "m > 128" if follows and not name.startswith(("combine", "gram")) else None
+    if field == "info.singular_values" or field.startswith("info.diagnostics"):  # before the decision
         return None
     if "safeguards(" in name:
         return "guarded"
-    if "lr_cap=curvature" in name:
-        return "capped"
-    m = re.search(r"\bm=(\d+)", name)
-    if m and int(m[1]) > 128 and (field.removeprefix("info.") in FOLLOWS or field.startswith("of.")):
-        return None if name.startswith(("combine", "gram")) else "m > 128"
-    return None
+    return "capped" if "lr_cap=curvature" in name else None
 
 
 def apart(name, base, new):
