@@ -3,8 +3,8 @@
     python assembly.py OUT.json [--quick] [--cpu | --cuda]
 
 Of each: a digest of its text, without symbols, labels and debug lines; its loops of vector arithmetic, with registers
-in order of appearance, those with fused multiply-adds, which are a kernel's own, and others; and its vector operations,
-counted.  Texts are kept beside OUT.json, in a folder `texts`.
+in order of appearance, those with fused multiply-adds, which are a kernel's own, and others; of the former their vector
+operations alone too, sorted; and its vector operations, counted.  Texts are kept beside OUT.json, in a folder `texts`.
 `cpu_kernels` and `cuda_kernels` alone know where the trees keep their kernels.
 """
 
@@ -23,7 +23,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-VERSION = 1  # of what is kept, not of `cpu_kernels` and `cuda_kernels`: run.sh keeps the base's results for each
+VERSION = 2  # of what is kept, not of `cpu_kernels` and `cuda_kernels`: run.sh keeps the base's results for each
 TREE = Path(os.environ.get("GOLDEN_TREE") or Path(__file__).parents[2]).resolve()
 ARCHITECTURE = "compute_90"
 COMPUTE = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -37,48 +37,61 @@ AVX2 = {
 # -- where the trees keep their kernels ---------------------------------------------------------------------
 
 
-def named(*places):
-    """The first of these, "module:name", that exists."""
-    for place in places:
-        module, name = place.split(":")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-    raise ImportError(f"none of {places}")
+def jobs(quick):
+    """The kinds of CPU kernels: gram with its kind, exactly so many rows, types and whether there is z; combine with
+    its types, base and rows beside the first, −1 for any number."""
+    for storage, compute in [*COMPUTE.items(), *((each, "float64") for each in ("float16", "bfloat16", "float32"))]:
+        for m in (3, 9, 16) if quick else range(1, 17):
+            if not quick or m == 9 or (storage, compute) == ("float32", "float32"):
+                yield "gram", ("straight", m, storage, compute, 0)
+            if m in (1, 4, 8, 12, 16) or (m == 3 and storage == compute):
+                yield "gram", ("straight", m, storage, compute, 1)
+        for with_z in (0,) if quick else (0, 1):
+            yield "gram", ("tiled", 0, storage, compute, with_z)
+        for others in (1, 8, -1) if quick else range(-1, 9):
+            if not quick or storage in ("float32", "bfloat16"):
+                yield "combine", (storage, compute, "mean", others)
+            if not quick or (others == 8 and storage == "float32"):
+                yield "combine", (storage, compute, "z", others)
+    for storage in ("float32",) if quick else COMPUTE:
+        for kind in ("joint", "row"):
+            yield "gram", (kind, 0, storage, "float64", 0)
 
 
 def cpu_kernels(quick):
-    """{key: library} of each specialisation, compiled here and now."""
-    kernel = named("fastnewton.kernels.cpu.jit:kernel", "fastnewton.kernels.compile:kernel")
-    gram = named("fastnewton.kernels.cpu.gram:_gram_run", "fastnewton.kernels.cpu:_gram_run")
-    combine = named("fastnewton.kernels.cpu.combine:_combine_run", "fastnewton.kernels.cpu:_combine_run")
-    pairs = [*COMPUTE.items(), *((storage, "float64") for storage in ("float16", "bfloat16", "float32"))]
-    jobs = []
-    for storage, compute in pairs:
-        for m in (3, 9, 16) if quick else range(1, 17):
-            if not quick or m == 9 or (storage, compute) == ("float32", "float32"):
-                jobs.append((gram, ("straight", m, storage, compute, 0)))
-            if m in (1, 4, 8, 12, 16) or (m == 3 and storage == compute):
-                jobs.append((gram, ("straight", m, storage, compute, 1)))
-        jobs += [(gram, ("tiled", 0, storage, compute, z)) for z in ((0,) if quick else (0, 1))]
-        for others in (1, 8, -1) if quick else range(-1, 9):
-            if not quick or storage in ("float32", "bfloat16"):
-                jobs.append((combine, (storage, compute, "mean", others)))
-            if not quick or (others == 8 and storage == "float32"):
-                jobs.append((combine, (storage, compute, "z", others)))
-    for storage in ("float32",) if quick else COMPUTE:
-        jobs += [(gram, (kind, 0, storage, "float64", 0)) for kind in ("joint", "row")]
-    for function, literals in jobs:
-        before = set(function.overloads)
-        kernel(function, *literals)
-        (signature,) = set(function.overloads) - before
-        kind = "gram" if function is gram else "combine"
-        yield f"{kind} {' '.join(map(str, literals))}", function.overloads[signature].library
+    """(key, libraries) of each specialisation, compiled here and now."""
+    in_base = (TREE / "kernels" / "cpu.py").exists()
+    gram, combine, jit, simd = map(
+        importlib.import_module,
+        [f"fastnewton.kernels.{name}" for name in ("cpu", "cpu", "compile", "simd")]
+        if in_base
+        else [f"fastnewton.kernels.cpu.{name}" for name in ("gram", "combine", "jit", "simd")],
+    )
+    for kind, given in jobs(quick):
+        if hasattr(simd, "Kernel"):  # compiled for one block
+            dispatcher = simd._kernel
+            if kind == "combine":
+                storage, compute, base, others = given
+                rows = others if others >= 0 else combine.UNROLLED + 1
+                calls = [(combine._block.address, (storage, compute, rows, base, streamed)) for streamed in (0, 1)]
+            else:
+                name, m, storage, compute, with_z = given
+                block = {"straight": "_unrolled_block", "row": "_row_block"}.get(name, "_tiled_block")
+                constants = {"straight": (m, with_z), "row": ()}.get(name, (int(name == "joint"), with_z))
+                calls = [(getattr(gram, block).address, (storage, compute, *constants))]
+        else:  # compiled with the loop over all blocks
+            dispatcher = gram._gram_run if kind == "gram" else combine._combine_run
+            calls = [(jit.kernel, (dispatcher, *given))]
+        libraries = []
+        for function, arguments in calls:
+            before = set(dispatcher.overloads)
+            function(*arguments)
+            libraries += [dispatcher.overloads[each].library for each in set(dispatcher.overloads) - before]
+        yield f"{kind} {' '.join(map(str, given))}", libraries
 
 
 def former_key(name, macros):
-    """What the base calls a kernel: `finish` is now `project`, STRAIGHT UNROLLED, and spectrum.cu of one kind."""
+    """What the base calls a CUDA kernel: `project` was `finish`, UNROLLED STRAIGHT, and spectrum.cu had one kind."""
     if name == "spectrum":
         macros["KIND"] = "SPECTRUM"
     if macros.pop("PROJECT", None):
@@ -96,10 +109,8 @@ def cuda_kernels(quick):
     kernels = budget.launched("float32", 8) + budget.launched("float64", 17) if quick else budget.every_kernel()
     for kernel in kernels:
         macros = dict(kernel.macros)
-        yield (
-            former_key(kernel.name, dict(macros)),
-            ((cuda.FOLDER / kernel.file).read_text(), kernel.name, cuda.options(**macros)),
-        )
+        source = (cuda.FOLDER / kernel.file).read_text()
+        yield former_key(kernel.name, dict(macros)), (source, kernel.name, cuda.options(**macros))
 
 
 # -- machine code -------------------------------------------------------------------------------------------
@@ -112,7 +123,7 @@ ARITHMETIC = re.compile(
 )
 FAMILY = re.compile(r"%(?:[re]?([abcd])[xhl]|[re]?([sd]i|[sb]p)l?|(r\d+)[dwb]?)\b")
 VECTOR = re.compile(r"%([xyz])mm(\d+)")
-JUMP = re.compile(r"^j\w+\s+(\.LBB\w+)")
+JUMP = re.compile(r"^j\w+ (L\d+)")
 
 
 def without_directives(text, constants):
@@ -138,7 +149,7 @@ def renamed(block):
         line = re.sub(r"-?\d*\(%r[sb]p\)", "(stack)", line)
         line = FAMILY.sub(lambda found: in_order(found[1] or found[2] or found[3], general, "%g"), line)
         line = VECTOR.sub(lambda found: f"%{found[1]}{in_order(found[2], vectors, '')}", line)
-        lines.append(re.sub(r"\.LBB\w+", "label", line))
+        lines.append(re.sub(r"\bL\d+$", "label", line))
     return "\n".join(lines)
 
 
@@ -158,23 +169,27 @@ def loops(lines):
     return found
 
 
-def machine_code(assembly):
-    """What is kept of a library."""
+def instructions(assembly):
+    """The functions of a library, in order of their names."""
     assert "cached code" not in assembly, "inspection needs code that was compiled in this process"
     constants = {name: "[" + " ".join(data.split()) + "]" for name, data in CONSTANTS.findall(assembly)}
-    texts, found, others, operations = [], Counter(), Counter(), Counter()
-    for name, body in FUNCTION.findall(assembly):
-        if re.match(r"_ZN7cpython|_ZN13_3cdynamic|NRT_|cfunc\.", name):
-            continue
-        lines = without_directives(body, constants)
-        for loop in loops(lines):
-            (found if "fmadd" in loop else others)[hashlib.sha256(loop.encode()).hexdigest()[:12]] += 1
-        operations.update(line.split()[0] for line in lines if VECTOR.search(line))
-        labels = {}
-        text = re.sub(r"\.LBB\w+", lambda label, labels=labels: in_order(label[0], labels, "L"), "\n".join(lines))
-        texts.append(text)
-    assert texts, assembly[:500]
-    return kept("\n\n".join(sorted(texts)), found, others, operations)
+    for name, body in sorted(FUNCTION.findall(assembly)):
+        if not re.match(r"_ZN7cpython|_ZN13_3cdynamic|NRT_|cfunc\.", name):
+            labels, text = {}, "\n".join(without_directives(body, constants))
+            yield re.sub(r"\.LBB\w+", lambda label, labels=labels: in_order(label[0], labels, "L"), text)
+
+
+def machine_code(text):
+    """What is kept of functions."""
+    counts = {name: Counter() for name in ("loops", "mixes", "others", "operations")}
+    lines = text.split("\n")
+    for loop in loops(lines):
+        counts["loops" if "fmadd" in loop else "others"][digest(loop)] += 1
+        if "fmadd" in loop:
+            wide = sorted(line.split()[0] for line in loop.split("\n") if VECTOR.search(line) or "prefetch" in line)
+            counts["mixes"][digest(" ".join(wide))] += 1
+    counts["operations"].update(line.split()[0] for line in lines if VECTOR.search(line))
+    return kept(text, counts)
 
 
 # -- PTX ----------------------------------------------------------------------------------------------------
@@ -204,34 +219,34 @@ def ptx(text, name):
     assert entries == [name], entries
     text = re.sub(rf"\b{name}\b|\b{name}(?=_param)", "KERNEL", text)
     text = re.sub(r"\b_ZZ?N?\w+", "SYMBOL", text)
-    for array in re.findall(r"^\.extern \.shared .*?(\w+)\[\]", text, re.M):  # dynamic shared memory
+    for array in re.findall(r"^\.extern \.shared .*?(\w+)\[\]", text, re.M):
         text = re.sub(rf"\b{array}\b", "SHARED", text)
+    text = re.sub(r"^\.global .*? = -?\d+;$", "", text, flags=re.M)  # constants that nothing refers to
     labels, registers = {}, {}
     text = re.sub(r"\$L__\w+", lambda found: in_order(found[0], labels, "L"), text)
     text = re.sub(r"%(\w+?)(\d+)\b", lambda found: f"%{found[1]}{in_order(found[0], registers, '')}", text)
     lines = [" ".join(line.split()) for line in text.split("\n")]
-    lines = [
-        line
-        for line in lines
-        if line and not re.match(r"\.(?:version|target|address_size|file|loc|reg|global)\b", line)
-    ]
+    lines = [line for line in lines if line and not re.match(r"\.(?:version|target|address_size|file|loc|reg)\b", line)]
     operations = Counter(
         re.sub(r"^@\S+ ", "", line).split()[0].rstrip(";") for line in lines if re.match(r"[@a-z]", line)
     )
-    return kept("\n".join(lines), operations, Counter(), operations)
+    return kept("\n".join(lines), {"loops": operations, "operations": operations})
 
 
 # -- all of it ----------------------------------------------------------------------------------------------
 
 
-def kept(text, found, others, operations):
+def digest(text):
+    """A name for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def kept(text, counts):
     """The entry of one specialisation; its text goes to the folder of texts."""
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    path = texts / f"{digest}.txt.gz"
+    path = texts / f"{digest(text)}.txt.gz"
     if not path.exists():
         path.write_bytes(gzip.compress(text.encode(), 6, mtime=0))
-    counts = {"loops": found, "others": others, "operations": operations}
-    return {"text": digest} | {name: dict(sorted(each.items())) for name, each in counts.items()}
+    return {"text": digest(text)} | {name: dict(sorted(each.items())) for name, each in counts.items()}
 
 
 def main():
@@ -249,21 +264,18 @@ def main():
     texts.mkdir(parents=True, exist_ok=True)
     code = {}
     if chosen.part:
-        for key, library in cpu_kernels(chosen.quick):
-            code[f"{chosen.part}/{key}"] = machine_code(library.get_asm_str())
+        for key, libraries in cpu_kernels(chosen.quick):
+            functions = [text for library in libraries for text in instructions(library.get_asm_str())]
+            assert functions, key
+            code[f"{chosen.part}/{key}"] = machine_code("\n\n".join(functions))
         out.write_text(json.dumps(code))
         return
     if not chosen.cuda:
         widths = {"cpu": {}, "cpu avx2": AVX2} if platform.machine() == "x86_64" and not chosen.quick else {"cpu": {}}
         for part, environment in widths.items():
             with tempfile.TemporaryDirectory() as folder:  # nothing from a cache: its code cannot be looked at
-                given = {
-                    **os.environ,
-                    **environment,
-                    "NUMBA_CACHE_DIR": folder,
-                    "XDG_CACHE_HOME": folder,
-                    "HOME": folder,
-                }
+                places = ("NUMBA_CACHE_DIR", "FASTNEWTON_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
+                given = {**os.environ, **environment, **dict.fromkeys(places, folder)}
                 command = [sys.executable, __file__, str(out.with_suffix(".part")), "--part", part]
                 quick = chosen.quick or part != "cpu"
                 subprocess.run(command + ["--quick"] * quick, env=given, check=True)

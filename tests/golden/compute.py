@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 import store
 
+VERSION = 1  # of the cases and their data: run.sh keeps the base's results for each
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 WORKERS = (1, 2, 3, 5, 8, 9, 12, 16, 17, 33, 64, 128, 129)
 LENGTHS = (0, 1, 7, 650, 1024, 1025, 4099, 1 << 17)

@@ -2,8 +2,8 @@
 # Compute both trees on this host and compare them: run.sh [--quick] [--assembly | --values] [compare.py's options]
 #
 # GOLDEN_HOME (build/golden) keeps the base's worktree `base`, made with an environment of its own where it is missing, and
-# its results `golden-base`, which are used again while compute.py, or VERSION in assembly.py, is the same; PYTHON runs
-# the tree under test.
+# its results `golden-base`, which are used again while VERSION in compute.py or assembly.py is the same; PYTHON runs the
+# tree under test.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 here=$root/tests/golden
@@ -35,15 +35,10 @@ fi
 status=0
 for side in "${sides[@]}"; do
     case $side in
-        values)
-            program=compute.py kind=npz
-            version=$(cat "$here/compute.py" "$here/store.py" | sha256sum | head -c 8)
-            ;;
-        assembly)
-            program=assembly.py kind=json
-            version=$(sed -n 's/^VERSION = \([0-9]*\).*/\1/p' "$here/assembly.py")
-            ;;
+        values) program=compute.py kind=npz ;;
+        assembly) program=assembly.py kind=json ;;
     esac
+    version=$(sed -n 's/^VERSION = \([0-9]*\).*/\1/p' "$here/$program")
     known=$home/golden-base/$size-$side-$version.$kind
     if [ ! -e "$known" ]; then
         (cd "$base" && env -u PYTHONPATH GOLDEN_TREE="$base" .venv/bin/python "$here/$program" "$known" ${quick[@]+"${quick[@]}"})
