@@ -35,8 +35,8 @@ def combine(thetas, grads, coefficients, *, tau: float, beta: float, z=None, out
     workers = threads.workers_for(2 * m * n * itemsize >= THREADED_BYTES)
     codes = kernels(m, n * itemsize, thetas.dtype, compute, "mean" if z is None else "z")
     memory = np.empty(memory_size(m, workers))
-    given = thetas.table, grads.table, NO_ROW if z is None else z.table, coefficients, tau, beta, out.table
-    return bool(_run_combine(threads.pool.address, workers, codes, *given, n, itemsize, memory))
+    arguments = thetas.table, grads.table, NO_ROW if z is None else z.table, coefficients, tau, beta, out.table
+    return bool(_run_combine(threads.pool.address, workers, codes, *arguments, n, itemsize, memory))
 
 
 def kernels(m: int, size: int, storage: str, compute: str, base: str = "mean") -> np.ndarray:

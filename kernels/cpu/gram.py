@@ -132,7 +132,7 @@ def _parts(passes: tuple[Pass, ...], matrices, first: int, blocks: int) -> np.nd
     memory = np.empty(memory)
     _run_gram(threads.pool.address, workers, passes, m, table, n, itemsize, first, tasks, *sizes, memory)
     parts = memory[: len(tasks) * sizes[0]].reshape(len(tasks), sizes[0])
-    return tree.merged(tasks, parts, first, first + tree.blocks(n), blocks)
+    return tree.merge(tasks, parts, first, first + tree.blocks(n), blocks)
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""The one order in which the blocks' partial sums are added, whoever computes them.
+"""tree: the one order in which the blocks' partial sums are added, whoever computes them.
 
 Coordinates are cut into blocks; the parts of blocks 2i and 2i+1 are added, then these sums in pairs, and so on: a
 binary tree over block indices.  A node without a right sibling is passed up as it is.  Whoever owns a run of blocks
@@ -20,27 +20,27 @@ BLOCK = 1024  # coordinates of one part; a float32 accumulator is one lane, so i
 
 
 def blocks(n: int) -> int:
-    """Number of blocks that n coordinates are cut into."""
+    """Count the blocks that n coordinates are cut into."""
     return -(-n // BLOCK)
 
 
 def subtrees(first: int, last: int, blocks: int, largest: int = 62) -> list[tuple[int, int]]:
-    """(start, level) of the maximal subtrees of at most 2**largest blocks that cover first … last−1, in order.
+    """Return (start, level) of the maximal subtrees of at most 2**largest blocks that cover first … last−1, in order.
 
     At the right edge of the tree, where last == blocks, a subtree may reach beyond the last block.
     """
-    found = []
+    places = []
     while first < last:
         level = min(largest, (first & -first).bit_length() - 1 if first else largest)
         while first + (1 << level) > last and last != blocks:
             level -= 1
-        found.append((first, level))
+        places.append((first, level))
         first += 1 << level
-    return found
+    return places
 
 
-def merged(places: np.ndarray, parts: np.ndarray, first: int, last: int, blocks: int) -> np.ndarray:
-    """The parts of the maximal subtrees of a run, from parts that cover it in order, and are overwritten."""
+def merge(places: np.ndarray, parts: np.ndarray, first: int, last: int, blocks: int) -> np.ndarray:
+    """Add up parts that cover a run in order, and are overwritten, to those of its maximal subtrees."""
     if first == 0 and last == blocks > 0:
         return total(places, parts)[None]
     starts = [start for start, _ in subtrees(first, last, blocks)]
