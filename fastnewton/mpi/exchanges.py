@@ -1,6 +1,7 @@
 """How the workers' vectors travel: the allgather and the sharded exchange."""
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastnewton.results import StepInfo
 _FAILED = -1  # in place of what a rank reports, where it could not look or combine
 
 
-class Exchange:
+class Exchange(ABC):
     """Receive buffers for θ and g of all workers, and the collectives that fill them.
 
     Attributes
@@ -76,9 +77,9 @@ class Exchange:
         rows = self._received(name).only(workers)
         return rows.part(self._own.start, _length(self._own)) if self.whole else rows
 
+    @abstractmethod
     def combine(self, workers: np.ndarray, info: StepInfo, target: Rows, compute: str, lengths: StepLengths) -> None:
         """Write θ_new to `target`, and in the record whether it is finite."""
-        raise NotImplementedError
 
     def nonfinite_workers(self, workers: np.ndarray) -> list[int]:
         """List those of the workers whose θ or g, as it was sent, is not finite; collective."""
@@ -102,9 +103,9 @@ class Exchange:
             self._rows[name] = self._buffers.make_rows(self._stacks[name], self.like)
         return self._rows[name]
 
+    @abstractmethod
     def _send(self, piece: Callable[[int], Any], stack: Any) -> list[MPI.Request]:
         """Post what moves one vector of every rank into its row of the stack."""
-        raise NotImplementedError
 
 
 class AllgatherExchange(Exchange):
