@@ -43,7 +43,7 @@ MOST_ROUNDS = 10_000
 FIRST_LEVEL, MULTIPLIED = 1 << 14, 64  # bytes read, rows of matrices, in the first-level cache; BLAS takes one thread
 CACHED = 1 << 24  # bytes; what is longer is compared with as long a read, since it may come from memory
 LEAST_READ = 1 << 18  # bytes, for a call to be much longer than its overhead
-COARSE = 30_000  # bytes; versions of Python and NumPy differ by less
+COARSE = 300_000  # bytes; widths of vectors and versions of NumPy differ by less, an array of a long row by more
 
 
 # -- one benchmark ------------------------------------------------------------------------------------------
