@@ -78,6 +78,8 @@ def cpu_kernels(quick):
                 name, m, storage, compute, with_z = given
                 block = {"straight": "_unrolled_block", "row": "_row_block"}.get(name, "_tiled_block")
                 constants = {"straight": (m, with_z), "row": ()}.get(name, (int(name == "joint"), with_z))
+                if not hasattr(gram, block) or (name == "straight" and m > gram.UNROLLED):
+                    continue  # deleted
                 calls = [(getattr(gram, block).address, (storage, compute, *constants))]
         else:  # compiled with the loop over all blocks
             dispatcher = gram._gram_run if kind == "gram" else combine._combine_run
