@@ -1,5 +1,6 @@
-"""The four dtypes of vectors, and what NumPy, C, CUDA, MPI and DLPack call them."""
+"""Name the four dtypes of vectors as NumPy, C, CUDA, MPI and DLPack do."""
 
+import importlib
 from typing import NamedTuple
 
 import numpy as np
@@ -19,21 +20,14 @@ class DType(NamedTuple):
 
     def numpy(self) -> np.dtype:
         """Look up NumPy's dtype; that of bfloat16 is made by ml_dtypes, which its arrays come with."""
-        if self.name != "bfloat16":
-            return np.dtype(self.name)
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16 if self.name == "bfloat16" else self.name)
 
 
 _UINT16, _FLOAT, _DOUBLE = np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.float64)
 
 DTYPES = {
-    dtype.name: dtype
-    for dtype in (
-        DType("float16", 2, 2.0**-10, "unsigned short", _UINT16, "UINT16_T", "FLOAT16", (2, 16)),
-        DType("bfloat16", 2, 2.0**-7, "unsigned short", _UINT16, "UINT16_T", "BFLOAT16", (4, 16)),
-        DType("float32", 4, 2.0**-23, "float", _FLOAT, "FLOAT", "FLOAT32", (2, 32)),
-        DType("float64", 8, 2.0**-52, "double", _DOUBLE, "DOUBLE", "FLOAT64", (2, 64)),
-    )
+    "float16": DType("float16", 2, 2.0**-10, "unsigned short", _UINT16, "UINT16_T", "FLOAT16", (2, 16)),
+    "bfloat16": DType("bfloat16", 2, 2.0**-7, "unsigned short", _UINT16, "UINT16_T", "BFLOAT16", (4, 16)),
+    "float32": DType("float32", 4, 2.0**-23, "float", _FLOAT, "FLOAT", "FLOAT32", (2, 32)),
+    "float64": DType("float64", 8, 2.0**-52, "double", _DOUBLE, "DOUBLE", "FLOAT64", (2, 64)),
 }

@@ -22,8 +22,7 @@ def foreign_launcher(environment: Mapping[str, str], size: int | None) -> str | 
     for name in _SIZE_VARIABLES if size in (None, 1) else ():
         count = environment.get(name, "")
         if count.isdigit() and int(count) > 1:
-            unknown = "; MPI is not initialised in this one. Should its communicators have 1 rank"
-            seen = unknown if size is None else ", but the communicator has 1"
+            seen = ", but the communicator has 1" if size else "; if communicators turn out to have 1 rank"
             remedy = "use the mpiexec of the MPI library that mpi4py was built for"
             return f"{name}={count} says that {count} processes were started{seen}: {remedy}"
     return None

@@ -193,13 +193,9 @@ def gram(grads: Any, z: Any = None, *, thetas: Any = None, precision: str | None
     TypeError, ValueError
         Bad input.
     """
-    second = arrays.rows(grads, "grads")
+    first, second = (None, arrays.rows(grads, "grads")) if thetas is None else arrays.pair(thetas, grads)
     compute = compute_type(second.dtype, check_precision(precision))
     vector = None if z is None else arrays.vector(z, "z", second, "grads")
-    first = None
-    if thetas is not None:
-        first = arrays.rows(thetas, "thetas")
-        arrays.check_pair(first, second)
     rows = [one for one in (second, vector, first) if one is not None]
     with backend(second).context(*rows):
         return backend(second).gram(second, vector, first, compute)

@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 
 from fastnewton import checks
-from fastnewton.arrays import cpu, cuda, libraries
-from fastnewton.arrays.cpu import allocate as allocate
-from fastnewton.arrays.cpu import nonfinite_workers as nonfinite_workers
-from fastnewton.arrays.cpu import view_plain as view_plain
-from fastnewton.arrays.layout import CPU, Layout, Output, Rows, row_addresses
-from fastnewton.arrays.layout import Device as Device
+from fastnewton.arrays import cpu, cuda
+from fastnewton.arrays.cpu import allocate, nonfinite_workers, view_plain  # noqa: F401  (for other modules)
+from fastnewton.arrays.layout import CPU, Layout, Output, Rows, identify, locate, row_addresses
 from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu.memory import overlap
 
@@ -29,26 +26,27 @@ def rows(value: Any, name: str) -> Rows:
     """Take the workers' vectors: an (m, n) array or a sequence of m arrays of length n."""
     if isinstance(value, (list, tuple)):
         return _rows_of_sequence(value, name)
-    kinds = "an (m, n) array, a row for each worker, or a sequence of m arrays of length n"
-    return _rows_of_array(value, name, 2, kinds)
+    return _take(value, name, 2, "an (m, n) array, a row for each worker, or a sequence of m arrays of length n")
 
 
 def single(value: Any, name: str) -> Rows:
     """Take one vector on its own."""
-    return _rows_of_array(value, name, 1, "a one-dimensional array")
+    return _take(value, name, 1, "a one-dimensional array")
 
 
 def vector(value: Any, name: str, like: Rows, what: str) -> Rows:
     """Take one vector that goes with the rows `like`, called `what` in messages."""
     one = single(value, name)
-    check_alike(one, name, like, what)
+    _check_alike(one, name, like, what)
     return one
 
 
 def pair(thetas: Any, grads: Any) -> tuple[Rows, Rows]:
     """Take thetas and grads of one shape, dtype and library."""
     first, second = rows(thetas, "thetas"), rows(grads, "grads")
-    check_pair(first, second)
+    _check_alike(second, "grads", first, "thetas")
+    if first.m != second.m:
+        raise ValueError(f"grads must have the shape of thetas, with {first.m} rows; got {second.m}")
     return first, second
 
 
@@ -58,7 +56,7 @@ def rows_of(stack: np.ndarray, dtype: str) -> Rows:
     return Rows(table, stack.shape[1], dtype, "numpy", stack)
 
 
-def _rows_of_array(value: Any, name: str, ndim: int, kinds: str) -> Rows:
+def _take(value: Any, name: str, ndim: int, kinds: str) -> Rows:
     layout = _describe(value, name)
     if len(layout.shape) != ndim:
         raise ValueError(f"{name} must be {kinds}; got an array of shape {layout.shape}")
@@ -78,22 +76,14 @@ def _rows_of_sequence(value: Sequence[Any], name: str) -> Rows:
 
 
 def _describe(value: Any, name: str) -> Layout:
-    library = libraries.identify(value)
-    device = libraries.locate(value, name, library)
+    library, device = locate(value, name)
     return (cpu if device.kind == "cpu" else cuda).describe(value, name, library, device)
 
 
 # -- checks -------------------------------------------------------------------------------------------------
 
 
-def check_pair(thetas: Rows, grads: Rows) -> None:
-    """Raise unless grads go with thetas."""
-    check_alike(grads, "grads", thetas, "thetas")
-    if grads.m != thetas.m:
-        raise ValueError(f"grads must have the shape of thetas, with {thetas.m} rows; got {grads.m}")
-
-
-def check_alike(one: Rows, name: str, like: Rows, what: str) -> None:
+def _check_alike(one: Rows, name: str, like: Rows, what: str) -> None:
     """Raise unless `one` is of the library, device, dtype and length of `like`, called `what` in messages."""
     if one.library != like.library:
         raise TypeError(f"{name} must be of the same library as {what}, {like.library}; got {one.library}")
@@ -136,7 +126,7 @@ def output(out: Any, like: Rows, inputs: Sequence[Rows]) -> Output:
     """Take the caller's `out`, checked, or allocate a vector like a row of `like`."""
     if out is None:
         return (cpu if like.device.kind == "cpu" else cuda).new_output(like)
-    if libraries.identify(out) == "jax":
+    if identify(out) == "jax":
         raise TypeError("out must be writable; JAX arrays are immutable, leave out=None")
     target = vector(out, "out", like, "thetas")
     if target.device == CPU and not target.owner[0].flags.writeable:
@@ -179,10 +169,8 @@ def check_gram(gram: Any) -> Rows:
     for name, shape in shapes.items():
         layout = _describe(getattr(gram, name), f"gram.{name}")
         if layout.library not in ("numpy", "cupy") or (layout.dtype, layout.device) != ("float64", where.device):
-            raise TypeError(
-                f"gram.{name} must be a float64 array of NumPy or CuPy, where gram.projection is, {where.device}; "
-                f"got {layout.dtype} of {layout.library} on {layout.device}"
-            )
+            kind = f"{layout.dtype} of {layout.library} on {layout.device}"
+            raise TypeError(f"gram.{name} must be a float64 array of NumPy or CuPy on {where.device}; got {kind}")
         if layout.shape != shape or not layout.owner.flags.c_contiguous:
             raise ValueError(f"gram.{name} must be contiguous and have the shape {shape}; got {layout.shape}")
     return Rows(np.full(m, where.address), 0, "float64", where.library, gram, where.device, where.stream)

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton.arrays.layout import Device, Layout, Output, Rows, row_addresses
-from fastnewton.arrays.libraries import check_dtype
+from fastnewton.arrays.layout import Device, Layout, Output, Rows, check_dtype, row_addresses
 from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu.memory import address_of
 
@@ -27,14 +26,13 @@ def recognise(dtype: np.dtype, ndim: int) -> tuple[str | None, Callable[[np.ndar
 
 
 def describe(value: Any, name: str, library: str, device: Device) -> Layout:
-    """Describe an array that `libraries.locate` has found in CPU memory."""
+    """Describe an array that `locate` has found in CPU memory."""
     array = value if type(value) is np.ndarray else _VIEWS.get(library, _view_exporter)(value, name)
     dtype, address_of = recognise(array.dtype, array.ndim)
     if library == "torch" and array.dtype == np.int16:
         dtype = "bfloat16"
     if dtype is None:
-        swapped = array.dtype.name in DTYPES
-        hint = f". Convert it with {name}.astype('={array.dtype.str[1:]}')" if swapped else ""
+        hint = f". Convert it with {name}.astype('={array.dtype.str[1:]}')" if array.dtype.name in DTYPES else ""
         dtype = check_dtype(array.dtype, name, hint)
     return Layout(address_of(array), array.shape, array.strides, dtype, library, array, device)
 

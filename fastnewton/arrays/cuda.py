@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from fastnewton.arrays.layout import Device, Layout, Output, Rows, row_addresses
-from fastnewton.arrays.libraries import check_dtype, torch_dtype
+from fastnewton.arrays.layout import Device, Layout, Output, Rows, check_dtype, row_addresses
 from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cuda import jit
 
-_LEGACY_STREAM = 1  # DLPack's name for the stream whose handle is 0
 _NAMES = {dtype.dlpack: name for name, dtype in DTYPES.items()}
 
 # Memory that kernels may still be reading, where its library does not know of their stream and would reuse it.
@@ -66,7 +64,7 @@ def describe(value: Any, name: str, library: str, device: Device) -> Layout:
     cupy, owner = jit.cupy(), value
     if library == "torch":
         stream = sys.modules["torch"].cuda.current_stream(value.device).cuda_stream
-        dtype, address, shape, strides = torch_dtype(value), value.data_ptr(), tuple(value.shape), value.stride()
+        dtype, address, shape, strides = check_dtype(value.dtype, name), value.data_ptr(), value.shape, value.stride()
     else:
         stream = cupy.cuda.get_current_stream(device.index).ptr
         if library == "cupy":
@@ -74,12 +72,12 @@ def describe(value: Any, name: str, library: str, device: Device) -> Layout:
             return Layout(value.data.ptr, value.shape, value.strides, dtype, library, owner, device, stream)
         dtype, address, shape, strides, owner = _read_exporter(value, name, stream)
     strides = tuple(step * DTYPES[dtype].itemsize for step in strides)
-    return Layout(address, shape, strides, dtype, library, owner, device, stream)
+    return Layout(address, tuple(shape), strides, dtype, library, owner, device, stream)
 
 
 def _read_exporter(value: Any, name: str, stream: int) -> tuple[str, int, tuple[int, ...], Any, Any]:
     try:
-        capsule = value.__dlpack__(stream=stream or _LEGACY_STREAM)
+        capsule = value.__dlpack__(stream=stream or 1)  # DLPack's name for the stream whose handle is 0
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} cannot be read through DLPack without a copy: {error}") from error
     tensor = _Tensor.from_address(_pointer_in(capsule, b"dltensor"))
