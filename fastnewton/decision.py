@@ -43,6 +43,7 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     """Solve the eigenproblem of K for the rank j and the coefficients c; see `fastnewton.spectrum`."""
     m = gram.projection.size
     record = np.empty(record_size(m))
-    vectors = kernel.decide(gram, kernel.pack_settings(m, 0.0, Options(cutoff, max_rank)), record)
+    of_grads = Gram(gram.matrix, gram.projection, gram.norm2, gram.floor)
+    vectors = kernel.decide(of_grads, kernel.pack_settings(m, 0.0, Options(cutoff, max_rank)), record)
     sigma, _, c = record[HEADER:].reshape(3, -1)
     return Spectrum(sigma, vectors, int(record[RANK]), c, float(record[CAPTURED]))

@@ -1,6 +1,6 @@
 """The settings of a step: names, defaults and checks, alike for `step`, over MPI, for the server and the optimizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -77,6 +77,8 @@ def _check(
 ) -> Options:
     if safeguards is not None and not isinstance(safeguards, Safeguards):
         raise TypeError(f"safeguards must be a fastnewton.Safeguards or None; got {type(safeguards).__name__}")
+    if type(safeguards) not in (Safeguards, type(None)):  # a subclass need not be hashable
+        safeguards = Safeguards(**{one.name: getattr(safeguards, one.name) for one in fields(Safeguards)})
     return Options(
         checks.fraction(cutoff, "cutoff"),
         checks.count(max_rank, "max_rank"),

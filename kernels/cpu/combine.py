@@ -49,7 +49,16 @@ def kernels(m: int, size: int, storage: str, compute: str, base: str = "mean") -
 
 def memory_size(m: int, workers: int) -> int:
     """Return the float64 numbers that the memory of `combine_on_threads` must hold."""
-    return 2 * (2 * m + 2) + 2 * CACHE_LINE // 8 + (workers + 1) * (BLOCK + (2 * m + 2) * (1 + CACHE_LINE // 8))
+    return 2 * (2 * m + 2) + 2 * CACHE_LINE // 8 + (workers + 1) * thread_bytes.py_func(2 * m + 1) // 8
+
+
+@jit
+def thread_bytes(rows):
+    """Return the bytes of a thread's own memory: scratch; a table of rows; a vector of each row and of the result.
+
+    Whole cache lines, or a thread's memory would reach into the next one's, which begins on a line.
+    """
+    return (8 * BLOCK + (rows + 1) * (8 + CACHE_LINE) + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
 
 
 # -- over all blocks, compiled once -----------------------------------------------------------------------------
@@ -72,7 +81,7 @@ def combine_on_threads(
     block[M], block[TABLE], block[ROWS] = m, address(memory), rows
     block[WEIGHTS] = block[TABLE] + 8 * rows
     block[THREADS_MEMORY] = (block[WEIGHTS] + 8 * (2 * m + 1) + 63) & ~63
-    block[PER_THREAD] = 8 * BLOCK + (rows + 1) * (8 + CACHE_LINE)  # scratch; a table, and a vector of each row
+    block[PER_THREAD] = thread_bytes(rows)
     copy(block[TABLE], address(thetas), 8 * m)
     copy(block[TABLE] + 8 * m, address(grads), 8 * m)
     copy(block[TABLE] + 16 * m, address(last), 8 * last.size)

@@ -10,6 +10,7 @@ Launch       one thread.
 
 import ctypes
 import math
+import threading
 from functools import cache
 
 import numpy as np
@@ -20,6 +21,7 @@ from fastnewton.kernels.cpu.memory import integers, keep_alive, pointer_at, stac
 
 COMPILED_LIMIT = 128  # workers; LAPACK is faster above, but its threads then spin where the thread pool should run
 _MAX_QL_STEPS = 60  # for one eigenvalue; two or three are usual
+_failure = threading.local()  # the exception that LAPACK's last call in this thread ended with
 _NEGLIGIBLE = 2.0**-100  # of the largest element: changes none of the directions that are kept
 _FIELDS = 4  # of its argument block: m, and the addresses of the matrix, the eigenvalues, the eigenvectors as rows
 
@@ -41,17 +43,23 @@ def _compiled_eigensolver() -> int:
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64))
 def _call_lapack(result, error, block):
     """Solve as `_eigh` does, with its calling convention; ctypes takes the interpreter's lock for that."""
-    m, *places = block[:_FIELDS]
-    doubles = [ctypes.cast(place, ctypes.POINTER(ctypes.c_double)) for place in places]
-    matrix, squares, rows = (
-        np.ctypeslib.as_array(one, (m,) * ndim) for one, ndim in zip(doubles, (2, 1, 2), strict=True)
-    )
     try:
-        squares[:], vectors = np.linalg.eigh(matrix)
-    except np.linalg.LinAlgError:
+        m, *places = block[:_FIELDS]
+        doubles = [ctypes.cast(place, ctypes.POINTER(ctypes.c_double)) for place in places]
+        matrix, rows = (np.ctypeslib.as_array(doubles[k], (m, m)) for k in (0, 2))
+        np.ctypeslib.as_array(doubles[1], (m,))[:], vectors = np.linalg.eigh(matrix)
+        rows[:] = vectors.T
+    except BaseException as error:  # ctypes would print it and go on; a signal's handler may raise here too
+        _failure.error = error
         return 1
-    rows[:] = vectors.T
     return 0
+
+
+def take_failure() -> BaseException:
+    """Return what stopped the last decision of this thread: LAPACK's exception, or want of memory in compiled code."""
+    error = getattr(_failure, "error", None) or MemoryError("no memory for a decision")
+    _failure.error = None
+    return error
 
 
 @jit

@@ -67,7 +67,7 @@ def _guard(block):
         if reason != slot.NONFINITE:
             reason = _judge(matrix, projection, norm2, thetas, cross, along, options, record, reason)
     record[slot.REASON] = reason
-    if reason == slot.NONFINITE:
+    if reason == slot.NONFINITE and record[slot.STATUS] == slot.GO:
         record[slot.STATUS] = slot.NOT_FINITE  # the rows tell which worker it was
     elif reason in (slot.COEFFICIENT, slot.COSINE):
         _fall_back(record)
@@ -101,7 +101,9 @@ def _least_stretch(solver, thetas, floor, vectors, record):
         for s in range(count):
             k, l = usable[r], usable[s]
             scaled[r, s] = 1 / record[slot.HEADER + k] * seen[k, l] * (1 / record[slot.HEADER + l])
-    solve(solver, scaled, squares, rows)
+    if not solve(solver, scaled, squares, rows):
+        record[slot.STATUS] = slot.NOT_CONVERGED
+        return np.inf
     smallest = squares[0]
     for k in range(count):
         smallest = min(smallest, squares[k])
@@ -136,7 +138,9 @@ def _bend(solver, cross, projection, norm2, options, record, vectors):
     for r in range(rank):
         for s in range(rank):
             symmetric[r, s] = (inverse[r, s] + inverse[s, r]) / 2
-    solve(solver, symmetric, mu, turn)
+    if not solve(solver, symmetric, mu, turn):
+        record[slot.STATUS] = slot.NOT_CONVERGED
+        return slot.NONFINITE
     bent = 0
     for r in range(rank):
         bent += mu[r] <= 0

@@ -21,6 +21,7 @@ from fastnewton.kernels.cpu.eigen import (
     eigensolver,
     matrix_at,
     solve,
+    take_failure,
     vector_at,
 )
 from fastnewton.kernels.cpu.jit import FLOAT, FLOATS, FLOATS_2D, INT, address, call, code_address, entry, jit
@@ -51,8 +52,8 @@ def decide(gram: Any, settings: np.ndarray, record: np.ndarray) -> np.ndarray:
 
     Raises
     ------
-    RuntimeError
-        The eigenproblem did not converge.
+    BaseException
+        What LAPACK raised, or a MemoryError.
     """
     vectors = np.empty(gram.matrix.shape)
     thetas, cross = (_NO_MATRIX if one is None else one for one in (gram.theta_matrix, gram.cross_matrix))
@@ -61,7 +62,7 @@ def decide(gram: Any, settings: np.ndarray, record: np.ndarray) -> np.ndarray:
     of_grads, of_thetas = (gram.matrix, gram.projection, gram.norm2, gram.floor), (thetas, gram.theta_floor)
     _run(*codes, *of_grads, *of_thetas, cross, along, settings, record, vectors)
     if record[slot.STATUS] == slot.NOT_CONVERGED:
-        raise RuntimeError("the eigenproblem of K did not converge")
+        raise take_failure()
     return vectors
 
 
@@ -124,7 +125,8 @@ def run_decision(
     block[slot.GRAM], block[slot.PROJECTION], block[slot.NORMS] = address(matrix), address(projection), address(norms)
     block[slot.THETA_GRAM], block[slot.CROSS], block[slot.ALONG] = address(thetas), address(cross), address(along)
     block[slot.OPTIONS], block[slot.RECORD], block[slot.VECTORS] = address(options), address(record), address(vectors)
-    call(decision, where)
+    if call(decision, where) != 0:
+        record[slot.STATUS] = slot.NOT_CONVERGED
     keep_alive(norms)
 
 
@@ -153,8 +155,8 @@ def _decide(block):
                 vectors[i, j] = np.nan
     rest = options[slot.GIVEN_LR_REST]
     record[slot.LR_REST] = record[slot.LR] if math.isnan(rest) else rest
-    if fields[slot.GUARD] != 0:
-        call(fields[slot.GUARD], block)
+    if fields[slot.GUARD] != 0 and call(fields[slot.GUARD], block) != 0:
+        record[slot.STATUS] = slot.NOT_CONVERGED
 
 
 @jit

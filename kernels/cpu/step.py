@@ -11,14 +11,14 @@ from numba import types
 from fastnewton.dtypes import DTYPES
 from fastnewton.kernels.cpu import combine, gram, threads, tree
 from fastnewton.kernels.cpu.combine import NO_ROW, combine_on_threads
-from fastnewton.kernels.cpu.eigen import eigensolver
+from fastnewton.kernels.cpu.eigen import eigensolver, take_failure
 from fastnewton.kernels.cpu.gram import gram_on_threads
 from fastnewton.kernels.cpu.jit import FLOAT, FLOATS, INT, INTS, INTS_2D, address, entry, jit
 from fastnewton.kernels.cpu.memory import overlaps
 from fastnewton.kernels.cpu.spectrum import decision_code, project_gram, run_decision
 from fastnewton.kernels.cpu.threads import THREADED_BYTES
 from fastnewton.kernels.cpu.tree import blocks
-from fastnewton.kernels.record import GO, HEADER, LR, LR_REST, RESULT, STATUS
+from fastnewton.kernels.record import GO, HEADER, LR, LR_REST, NOT_CONVERGED, RESULT, STATUS
 
 
 def step(thetas, grads, out, record, settings, *, eps: float, guarded: bool, products: str, sums: str) -> None:
@@ -32,6 +32,8 @@ def step(thetas, grads, out, record, settings, *, eps: float, guarded: bool, pro
     plan, memory = _plan(m, n, grads.dtype, products, sums, workers)
     rows = thetas.table, grads.table, out.table, n, itemsize
     _run_step(threads.pool.address, workers, np.empty(memory), *plan, *rows, eps, guarded, settings, record)
+    if record[STATUS] == NOT_CONVERGED:
+        raise take_failure()
 
 
 def step_of_arrays(
@@ -43,7 +45,10 @@ def step_of_arrays(
     workers = threads.workers_for(thetas.nbytes >= THREADED_BYTES)
     plan, memory = _plan(m, n, dtype, compute, compute, workers)
     run, arrays = _step_entry(dtype), (thetas, grads, out)
-    return bool(run(threads.pool.address, workers, np.empty(memory), *plan, *arrays, eps, guarded, settings, record))
+    taken = run(threads.pool.address, workers, np.empty(memory), *plan, *arrays, eps, guarded, settings, record)
+    if taken and record[STATUS] == NOT_CONVERGED:
+        raise take_failure()
+    return bool(taken)
 
 
 @lru_cache(maxsize=256)
@@ -73,7 +78,7 @@ def _step_on_threads(
     run_decision(
         decision, solver, 0, matrix, projection, norm2, floor, none, 0.0, none, projection, settings, record, vectors
     )
-    if guarded and record[STATUS] != GO:
+    if record[STATUS] == NOT_CONVERGED or (guarded and record[STATUS] != GO):
         return True
     weights = record[HEADER + m :]
     tau, beta = record[LR], record[LR_REST]

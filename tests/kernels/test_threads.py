@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import fastnewton as fn
+from fastnewton.kernels.cpu import combine, threads
 from fastnewton.kernels.cpu import gram as cpu
-from fastnewton.kernels.cpu import threads
+from fastnewton.kernels.cpu.simd import CACHE_LINE
 
 HALF = """
 import numpy as np
@@ -216,3 +217,30 @@ def test_a_thread_count_that_is_none_is_refused(monkeypatch, name, text):
     monkeypatch.setenv(name, text)
     with pytest.raises(ValueError, match=f"{name} must be a positive integer; got '{text}'"):
         fn.step(np.ones((2, 1 << 20), np.float32), np.ones((2, 1 << 20), np.float32), lr=1.0)
+
+
+@pytest.mark.parametrize("m", [2, 9, 10, 11, 13, 14, 17, 33])
+def test_threads_of_combine_have_memory_of_their_own(m):
+    """A thread starts on a cache line: what is not whole lines would reach into the next thread's."""
+    size = combine.thread_bytes.py_func(2 * m + 1)
+    assert size % CACHE_LINE == 0
+    assert size >= 8 * combine.BLOCK + (2 * m + 2) * (8 + CACHE_LINE)
+    for workers in (0, 1, 3, 7):
+        table_and_weights = 8 * ((2 * m + 1) + (2 * m + 1))
+        assert 8 * combine.memory_size(m, workers) >= table_and_weights + (workers + 1) * size + 2 * (CACHE_LINE - 1)
+
+
+@pytest.mark.parametrize("m", [10, 13, 17, 33])
+def test_many_threads_write_vectors_that_begin_off_a_cache_line(rng, monkeypatch, m):
+    monkeypatch.setattr(combine, "STREAMED_BYTES", 1 << 14)  # the first block is then cut short on any thread
+    n = (1 << 15) + 5
+    thetas, grads = rng.standard_normal((2, m, n), np.float32)
+    c = rng.standard_normal(m)
+    with threads.set_thread_limit(1):
+        expected = fn.combine(thetas, grads, c, lr=0.5)
+    out = np.empty(n + 3, np.float32)[3:]
+    with threads.set_thread_limit(8):
+        for _ in range(200):
+            out[:] = np.nan
+            fn.combine(thetas, grads, c, lr=0.5, out=out)
+            assert np.array_equal(out, expected)

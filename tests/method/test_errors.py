@@ -1,5 +1,7 @@
 """Bad input: the type of the error, the name of the argument in its message, and nothing written."""
 
+import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -418,3 +420,37 @@ def test_any_out_of_another_length_is_refused(n, length):
 @given(st.sampled_from(["thetas", "grads"]), nested)
 def test_python_objects_are_never_taken_for_arrays(argument, value):
     Call("step").refuses(argument, value, TypeError)
+
+
+# -- what stops the eigenproblem ----------------------------------------------------------------------------------
+
+
+CAPPED, GUARDED = {"lr_cap": "curvature"}, {"safeguards": fn.Safeguards()}
+
+
+@pytest.mark.parametrize(("options", "calls"), [({}, 1), (CAPPED, 1), (CAPPED, 2), (GUARDED, 1), (GUARDED, 2)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, np.linalg.LinAlgError, MemoryError])
+def test_what_stops_lapack_reaches_the_caller(rng, monkeypatch, options, calls, error):
+    """An interrupt within a call from compiled code is no reason for another step."""
+    thetas = rng.standard_normal((130, 200))
+    grads = thetas * np.geomspace(0.1, 1, 200)
+    eigh, count = np.linalg.eigh, itertools.count(1)
+
+    def stopped(matrix):
+        if next(count) == calls:
+            raise error("stopped")
+        return eigh(matrix)
+
+    out = np.zeros(200)
+    monkeypatch.setattr(np.linalg, "eigh", stopped)
+    with pytest.raises(error, match="stopped"):
+        fn.step(thetas, grads, lr=0.5, out=out, **options)
+    assert not out.any()
+    monkeypatch.undo()
+    assert fn.step(thetas, grads, lr=0.5, **options)[1].accepted
+
+
+def test_spectrum_looks_at_the_gradients_alone(rng):
+    gram = fn.gram(rng.standard_normal((5, 60)), thetas=rng.standard_normal((5, 60)))
+    odd = dataclasses.replace(gram, cross_projection=[1.0] * 5)
+    np.testing.assert_array_equal(fn.spectrum(odd).coefficients, fn.spectrum(gram).coefficients)

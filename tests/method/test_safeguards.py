@@ -409,3 +409,15 @@ def test_what_is_no_safeguards(given):
     with pytest.raises(TypeError, match=r"safeguards must be a fastnewton\.Safeguards or None"):
         fn.step(np.ones((2, 3)), np.ones((2, 3)), lr=0.5, safeguards=given, out=out)
     assert (out == 7).all()
+
+
+def test_a_subclass_that_cannot_be_hashed_guards_as_its_base_does(rng):
+    @dataclasses.dataclass(frozen=True)
+    class Named(fn.Safeguards):
+        names: list = dataclasses.field(default_factory=list)
+
+    thetas, grads, _ = quadratic(rng, 8, INDEFINITE)
+    theta, info = fn.step(thetas, grads, lr=0.5, safeguards=Named(min_cosine=0.5))
+    expected, wanted = fn.step(thetas, grads, lr=0.5, safeguards=fn.Safeguards(min_cosine=0.5))
+    np.testing.assert_array_equal(theta, expected)
+    assert info.reason == wanted.reason
