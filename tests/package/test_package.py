@@ -19,7 +19,7 @@ import fastnewton as fn
 ROOT = Path(__file__).parents[2]
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md")
 FOLDERS = ("fastnewton", "kernels", "bench", "tests")
-UNWANTED = ("__pycache__", ".cache", "out", "golden")
+UNWANTED = ("__pycache__", ".cache", "out")
 
 # A quadratic and four workers in three dimensions: with all directions kept, a step of length 1 ends at the minimiser.
 PROGRAM = """
