@@ -26,7 +26,7 @@ CHECKS, OF_SERVER = (
     scope="module",
     params=[
         pytest.param((size, exchange), marks=() if size in plain else pytest.mark.full)
-        for exchange, plain in (("sharded", (1, 3, 4)), ("allgather", (2,)))
+        for exchange, plain in (("sharded", (1, 3)), ("allgather", (2,)))
         for size in (1, 2, 3, 4, 8)
     ],
     ids=lambda param: f"{param[0]}-ranks-{param[1]}",
@@ -54,14 +54,19 @@ MAIN = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def gathered(request):
-    return Ranks(request.param, *MAIN, program=PROGRAM, EXCHANGE="allgather")
+@pytest.fixture(
+    scope="module",
+    params=[(4, "sharded"), (1, "allgather"), (4, "allgather")],
+    ids=lambda param: f"{param[0]}-ranks-{param[1]}",
+)
+def other_ranks(request):
+    size, exchange = request.param
+    return Ranks(size, *MAIN, program=PROGRAM, EXCHANGE=exchange)
 
 
 @pytest.mark.parametrize("check", MAIN)
-def test_allgather_on_ranks(gathered, check):
-    gathered.told(check)
+def test_main_checks_on_ranks(other_ranks, check):
+    other_ranks.told(check)
 
 
 def test_the_ranks_end_in_good_order(ranks):
@@ -172,7 +177,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("exchange", ["allgather", "sharded", "server"])
+@pytest.mark.parametrize("exchange", [pytest.param("allgather", marks=pytest.mark.full), "sharded", "server"])
 @pytest.mark.parametrize("death", ["error", "signal"])
 def test_the_job_ends_where_a_rank_dies(tmp_path, death, exchange):
     if MPIEXEC is None:
