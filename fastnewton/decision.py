@@ -1,6 +1,6 @@
 """From the small matrices to j, c, τ and β on the CPU: everything of size m × m, in float64."""
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,11 @@ def spectrum(gram: Gram, cutoff: float, max_rank: int | None) -> Spectrum:
     """Solve the eigenproblem of K for the rank j and the coefficients c; see `fastnewton.spectrum`."""
     m = gram.projection.size
     record = np.empty(record_size(m))
-    of_grads = Gram(gram.matrix, gram.projection, gram.norm2, gram.floor)
-    vectors = kernel.decide(of_grads, kernel.pack_settings(m, 0.0, Options(cutoff, max_rank)), record)
+    vectors = kernel.decide(gram, _spectrum_settings(m, cutoff, max_rank), record)
     sigma, _, c = record[HEADER:].reshape(3, -1)
     return Spectrum(sigma, vectors, int(record[RANK]), c, float(record[CAPTURED]))
+
+
+@lru_cache(maxsize=64)
+def _spectrum_settings(m: int, cutoff: float, max_rank: int | None) -> np.ndarray:
+    return kernel.pack_settings(m, 0.0, Options(cutoff, max_rank))

@@ -55,12 +55,14 @@ def decide(gram: Any, settings: np.ndarray, record: np.ndarray) -> np.ndarray:
     BaseException
         What LAPACK raised, or a MemoryError.
     """
-    vectors = np.empty(gram.matrix.shape)
-    thetas, cross = (_NO_MATRIX if one is None else one for one in (gram.theta_matrix, gram.cross_matrix))
-    along = _NO_VECTOR if gram.cross_projection is None else gram.cross_projection
-    codes = decision_code(), eigensolver(gram.projection.size), guard_code(settings)
-    of_grads, of_thetas = (gram.matrix, gram.projection, gram.norm2, gram.floor), (thetas, gram.theta_floor)
-    _run(*codes, *of_grads, *of_thetas, cross, along, settings, record, vectors)
+    vectors, guard = np.empty(gram.matrix.shape), guard_code(settings)
+    of_thetas = _NO_MATRIX, 0.0, _NO_MATRIX, _NO_VECTOR
+    if guard:  # only then are they looked at, or need be there
+        cross = (_NO_MATRIX, _NO_VECTOR) if gram.cross_matrix is None else (gram.cross_matrix, gram.cross_projection)
+        of_thetas = gram.theta_matrix, gram.theta_floor, *cross
+    of_grads = gram.matrix, gram.projection, gram.norm2, gram.floor
+    codes = decision_code(), eigensolver(gram.projection.size), guard
+    _run(*codes, *of_grads, *of_thetas, settings, record, vectors)
     if record[slot.STATUS] == slot.NOT_CONVERGED:
         raise take_failure()
     return vectors
